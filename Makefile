@@ -1,0 +1,54 @@
+# make demo    a video from a prompt: makes the environment, ends with the path of an mp4
+# make test    everything that runs without a GPU: format, lint, types, tests
+# make check   the quick part of it, for every change
+# make gpu     everything that waits for a GPU; needs no environment of ours (see below)
+
+suitable = $(1) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$(call suitable,$$python) && echo $$python && exit; done; echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml constraints.txt .ci/environment.py
+# One thread per test process: two processes side by side use two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test check lint gpu clean
+
+demo: $(VENV)/.stamp-run
+	$(BIN)/wantrt generate "a red circle moves right" --out outputs/demo.mp4 --overwrite
+	@echo "$(CURDIR)/outputs/demo.mp4"
+
+test: lint
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not slow and not gpu"
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/.stamp-run: $(INPUTS)
+	$(PYTHON) .ci/environment.py $(VENV) cpu
+	@touch $@
+
+$(VENV)/.stamp-dev: $(INPUTS)
+	$(PYTHON) .ci/environment.py $(VENV) cpu dev tensorrt-rtx
+	@touch $@ $(VENV)/.stamp-run
+
+# A bare machine with a GPU: its own python3 with torch, Triton, pytest, safetensors and numpy. The
+# pieces are in order of importance and take at most ten minutes each; `make gpu-1` runs one alone.
+GPU_PIECES := 1
+GPU_1 := tests/gpu
+
+gpu:
+	@failed=; for piece in $(GPU_PIECES); do \
+		$(MAKE) --no-print-directory gpu-$$piece || failed="$$failed $$piece"; done; \
+	test -z "$$failed" || { echo "failed pieces:$$failed"; exit 1; }
+
+gpu-%:
+	PYTHONPATH=. timeout 600 python3 -m pytest -m gpu $(GPU_$*)
+
+clean:
+	rm -rf $(VENV) build dist outputs .mypy_cache .pytest_cache .ruff_cache
