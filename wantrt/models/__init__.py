@@ -1,0 +1,1 @@
+"""Reference modules in torch: the definition of correct, which every path is checked against."""

@@ -1,0 +1,291 @@
+"""The causal 3-D VAE of Wan 2.1, encoder and decoder, in streaming form.
+
+Every temporal convolution looks two frames back. Those frames are explicit tensors, the *feature
+caches*: a chunk takes the caches its predecessor left and returns its own. A stream starts with
+``caches=None``, which stands for zeros; nothing is hidden in module state. A chunk may hold any
+number of frames, so a whole clip is one chunk that starts a stream, and gives what its pieces give.
+
+Frames of a stream: the first pixel frame stands alone, then come groups of four. One latent frame
+decodes to 1 frame at the start and to 4 afterwards; encoding is the mirror of it.
+
+Memory, not arithmetic, is what streaming buys: decoding 832x480 whole needs tens of GiB, by chunks
+the two banks of caches (3.5 GiB each in float32) and the activations of four frames.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wantrt.config import VAEConfig
+from wantrt.models.ops import TORCH_OPS, Ops
+
+
+class Caches:
+    """The feature caches of one chunk: read in slot order, replaced in slot order.
+
+    `old` are the tensors the previous chunk left, None at the start of a stream; `new` fills up
+    as the chunk runs, one tensor a slot, and is what the next chunk takes.
+    """
+
+    def __init__(self, old: Sequence[Tensor] | None) -> None:
+        self.old = old
+        self.new: list[Tensor] = []
+
+    @property
+    def starts_stream(self) -> bool:
+        return self.old is None
+
+    def extend(self, x: Tensor, frames: int = 2) -> Tensor:
+        """Put the slot's cached frames before x [B, C, T, H, W] and cache the last `frames`."""
+        if self.old is None:
+            window = F.pad(x, (0, 0, 0, 0, frames, 0))
+        else:
+            window = torch.cat((self.old[len(self.new)], x), dim=2)
+        self.new.append(window[:, :, -frames:])
+        return window
+
+    def skip(self, x: Tensor) -> None:
+        """Leave two zero frames in the slot: its convolution does not run in this chunk."""
+        self.new.append(torch.zeros_like(x[:, :, :1]).expand(-1, -1, 2, -1, -1))
+
+
+class ChannelNorm(nn.Module):
+    """x / max(‖x‖₂, 1e-12) · √C · γ over channels (official ``RMS_norm``), in float32."""
+
+    def __init__(self, channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma = self.gamma.float().view(-1, *(1 for _ in x.shape[2:]))
+        normed = F.normalize(x.float(), dim=1) * (self.gamma.shape[0] ** 0.5)
+        return (normed * gamma).to(x.dtype)
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3x3x3 (or 3x1x1) convolution whose two past frames come from the caches."""
+
+    def __init__(
+        self, channels: int, out_channels: int, kernel: tuple[int, int, int], dtype: torch.dtype
+    ) -> None:
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(channels, out_channels, kernel, padding=padding, dtype=dtype)
+
+    def stream(self, x: Tensor, caches: Caches) -> Tensor:
+        """x: [B, C, T, H, W] -> [B, C', T, H, W]."""
+        window = caches.extend(x)
+        if caches.starts_stream and x.shape[2] == 1:  # before the only frame there is nothing
+            frame = F.conv2d(x[:, :, 0], self.weight[:, :, 2], self.bias, padding=self.padding[1:])
+            return frame.unsqueeze(2)
+        out: Tensor = self(window)
+        return out
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(channels, dtype)
+        self.conv1 = CausalConv3d(channels, out_channels, (3, 3, 3), dtype)
+        self.norm2 = ChannelNorm(out_channels, dtype)
+        self.conv2 = CausalConv3d(out_channels, out_channels, (3, 3, 3), dtype)
+        self.shortcut = (
+            nn.Conv3d(channels, out_channels, 1, dtype=dtype)
+            if channels != out_channels
+            else nn.Identity()
+        )
+
+    def stream(self, x: Tensor, caches: Caches) -> Tensor:
+        y = self.conv1.stream(F.silu(self.norm1(x)), caches)
+        y = self.conv2.stream(F.silu(self.norm2(y)), caches)
+        out: Tensor = y + self.shortcut(x)
+        return out
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention over the positions of each frame; frames do not mix."""
+
+    def __init__(self, channels: int, dtype: torch.dtype, ops: Ops) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, dtype)
+        self.qkv = nn.Linear(channels, 3 * channels, dtype=dtype)
+        self.proj = nn.Linear(channels, channels, dtype=dtype)
+        self.ops = ops
+
+    def stream(self, x: Tensor, caches: Caches) -> Tensor:
+        channels, height, width = x.shape[1], x.shape[3], x.shape[4]
+        y = self.norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, HW, C]
+        q, k, v = self.qkv(y).chunk(3, dim=-1)  # frames stand where attention has its heads
+        y = self.proj(self.ops.attention(q, k, v, None, channels**-0.5))
+        return x + y.unflatten(2, (height, width)).permute(0, 4, 1, 2, 3)
+
+
+class Downsample(nn.Module):
+    """Halve height and width, and time too where `temporal`."""
+
+    def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, dtype=dtype)
+        self.time_conv = (
+            nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1), dtype=dtype)
+            if temporal
+            else None
+        )
+
+    def stream(self, x: Tensor, caches: Caches) -> Tensor:
+        x = frames_as_batch(lambda frames: self.conv(F.pad(frames, (0, 1, 0, 1))), x)
+        if self.time_conv is None:
+            return x
+        if not caches.starts_stream:
+            return self.time_conv(caches.extend(x, frames=1))  # type: ignore[no-any-return]
+        caches.extend(x, frames=1)  # the first frame of a stream is not merged with another
+        if x.shape[2] == 1:
+            return x
+        return torch.cat((x[:, :, :1], self.time_conv(x)), dim=2)
+
+
+class Upsample(nn.Module):
+    """Double height and width, halve channels; double time first where `temporal`."""
+
+    def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.time_conv = (
+            CausalConv3d(channels, 2 * channels, (3, 1, 1), dtype) if temporal else None
+        )
+        self.conv = nn.Conv2d(channels, channels // 2, 3, padding=1, dtype=dtype)
+
+    def stream(self, x: Tensor, caches: Caches) -> Tensor:
+        if self.time_conv is not None:
+            x = self._double_frames(x, caches, self.time_conv)
+        return frames_as_batch(lambda frames: self.conv(double_pixels(frames)), x)
+
+    def _double_frames(self, x: Tensor, caches: Caches, time_conv: CausalConv3d) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, 2T, H, W]; a stream's first frame stays one, and unseen."""
+        first = x[:, :, :1]
+        if caches.starts_stream:
+            if x.shape[2] == 1:
+                caches.skip(x)
+                return x
+            x = x[:, :, 1:]
+        pairs = time_conv.stream(x, caches).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
+        doubled = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        return torch.cat((first, doubled), dim=2) if caches.starts_stream else doubled
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
+        super().__init__()
+        dims = [config.encoder_dim * m for m in (1, *config.dim_multipliers)]
+        self.conv_in = CausalConv3d(3, dims[0], (3, 3, 3), dtype)
+        self.down = nn.ModuleList()
+        for stage, (dim, out_dim) in enumerate(pairwise(dims)):
+            for block in range(config.num_res_blocks):
+                self.down.append(ResidualBlock(dim if block == 0 else out_dim, out_dim, dtype))
+            if stage < len(config.temporal_downsample):
+                self.down.append(Downsample(out_dim, config.temporal_downsample[stage], dtype))
+        self.middle = _middle(dims[-1], dtype, ops)
+        self.norm_out = ChannelNorm(dims[-1], dtype)
+        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3), dtype)
+        self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1, dtype=dtype)
+
+    def stream(self, x: Tensor, caches: Caches) -> Tensor:
+        """Pixels [B, 3, T, H, W] -> mean and log-variance [B, 2z, F, H/8, W/8]."""
+        x = self.conv_in.stream(x, caches)
+        for layer in (*self.down, *self.middle):
+            x = layer.stream(x, caches)  # type: ignore[operator]
+        x = self.conv_out.stream(F.silu(self.norm_out(x)), caches)
+        return self.quant_conv(x)  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
+        super().__init__()
+        multipliers = config.dim_multipliers[::-1]
+        temporal_upsample = config.temporal_downsample[::-1]
+        dims = [config.decoder_dim * m for m in (multipliers[0], *multipliers)]
+        self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1, dtype=dtype)
+        self.conv_in = CausalConv3d(config.z_dim, dims[0], (3, 3, 3), dtype)
+        self.middle = _middle(dims[0], dtype, ops)
+        self.up = nn.ModuleList()
+        for stage, (dim, out_dim) in enumerate(pairwise(dims)):
+            dim = dim // 2 if stage > 0 else dim  # an upsample halves the channels
+            for block in range(config.num_res_blocks + 1):
+                self.up.append(ResidualBlock(dim if block == 0 else out_dim, out_dim, dtype))
+            if stage < len(temporal_upsample):
+                self.up.append(Upsample(out_dim, temporal_upsample[stage], dtype))
+        self.norm_out = ChannelNorm(dims[-1], dtype)
+        self.conv_out = CausalConv3d(dims[-1], 3, (3, 3, 3), dtype)
+
+    def stream(self, z: Tensor, caches: Caches) -> Tensor:
+        """Latent (not normalised) [B, z, F, H/8, W/8] -> pixels, unclamped [B, 3, T, H, W]."""
+        x = self.conv_in.stream(self.post_quant_conv(z), caches)
+        for layer in (*self.middle, *self.up):
+            x = layer.stream(x, caches)  # type: ignore[operator]
+        return self.conv_out.stream(F.silu(self.norm_out(x)), caches)
+
+
+class VAE(nn.Module):
+    """Encoder and decoder, with the latent normalised as the DiT sees it: (mean − μ) / σ."""
+
+    def __init__(
+        self, config: VAEConfig, dtype: torch.dtype = torch.float32, ops: Ops = TORCH_OPS
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, dtype, ops)
+        self.decoder = Decoder(config, dtype, ops)
+
+    def encode(
+        self, pixels: Tensor, caches: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode one chunk: the next 4n frames of a stream, or its first 1 + 4n if caches is None.
+
+        pixels: [B, 3, T, H, W] in [−1, 1]. Returns the normalised latent [B, z, F, H/8, W/8] and
+        the caches for the next chunk.
+        """
+        chunk = Caches(caches)
+        mean = self.encoder.stream(pixels, chunk).chunk(2, dim=1)[0].float()
+        mu, sigma = self._statistics(mean)
+        return (mean - mu) / sigma, chunk.new
+
+    def decode(
+        self, latent: Tensor, caches: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Decode one chunk of latent frames, the first of a stream if caches is None.
+
+        latent: [B, z, F, H/8, W/8], normalised. Returns pixels [B, 3, T, H, W] in [−1, 1], float32,
+        T = 4F (4F − 3 at the start), and the caches for the next chunk.
+        """
+        chunk = Caches(caches)
+        mu, sigma = self._statistics(latent)
+        z = (latent.float() * sigma + mu).to(self.decoder.conv_in.weight.dtype)
+        return self.decoder.stream(z, chunk).float().clamp(-1, 1), chunk.new
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mu = torch.tensor(self.config.latents_mean, device=like.device).view(1, -1, 1, 1, 1)
+        sigma = torch.tensor(self.config.latents_std, device=like.device).view(1, -1, 1, 1, 1)
+        return mu, sigma
+
+
+def _middle(channels: int, dtype: torch.dtype, ops: Ops) -> nn.ModuleList:
+    return nn.ModuleList(
+        (
+            ResidualBlock(channels, channels, dtype),
+            FrameAttention(channels, dtype, ops),
+            ResidualBlock(channels, channels, dtype),
+        )
+    )
+
+
+def frames_as_batch(layer, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """Run a 2-D layer on every frame of x [B, C, T, H, W]."""
+    batch = x.shape[0]
+    y: Tensor = layer(x.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def double_pixels(frames: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W], each pixel repeated (nearest-exact at a factor of two)."""
+    return F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
