@@ -71,9 +71,11 @@ def test_diffusers_grid_equals_diffusers(solver, steps, shift):
 def test_grid_is_sound(solver, convention):
     for steps in (1, 7, 1000):
         grid = make_grid(solver, convention, steps, 5.0)
-        assert grid.num_inference_steps == steps and len(grid.sigmas) == steps + 1
+        assert grid.num_inference_steps == steps
+        assert len(grid.sigmas) == steps + 1
         assert grid.sigmas.dtype == grid.timesteps.dtype == np.float64
-        assert grid.sigmas[-1] == 0 and (np.diff(grid.sigmas) < 0).all()
+        assert grid.sigmas[-1] == 0
+        assert (np.diff(grid.sigmas) < 0).all()
         np.testing.assert_array_equal(grid.sigmas, grid.sigmas.astype(np.float32))
 
 
@@ -102,4 +104,5 @@ def test_experts_split_as_released():
 def test_bad_settings_get_one_clear_line(settings, message):
     with pytest.raises(SettingsError) as error:
         make_grid(*settings)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

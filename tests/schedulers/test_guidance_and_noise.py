@@ -24,8 +24,10 @@ def test_noise_is_what_both_conventions_draw():
     noise = draw_noise(SHAPE, seed=42)
     official = torch.randn(SHAPE, generator=torch.Generator().manual_seed(42))
     diffusers = torch.randn((1, *SHAPE), generator=torch.Generator().manual_seed(42))
-    assert noise.dtype == torch.float32 and noise.shape == (1, *SHAPE)
-    assert torch.equal(noise[0], official) and torch.equal(noise, diffusers)
+    assert noise.dtype == torch.float32
+    assert noise.shape == (1, *SHAPE)
+    assert torch.equal(noise[0], official)
+    assert torch.equal(noise, diffusers)
     assert not torch.equal(noise, draw_noise(SHAPE, seed=43))
 
 

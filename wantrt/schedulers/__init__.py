@@ -1,1 +1,1 @@
-"""Sigma grids and solvers. A solver is data: one row of coefficients a step, computed in float64."""
+"""Sigma grids and solvers. A solver is data: a row of coefficients a step, computed in float64."""

@@ -1,7 +1,7 @@
-"""A solver at work: the sample and its history, updated in place by rows of a table.
+"""A solver at work: the sample and its history, updated in place by the rows of a table.
 
-Eleven small elementwise operations a step over float32 tensors of the latent's size, the same ones
-for every step, and no host value among them when the step index is a tensor: capture once, replay.
+A step is eight small elementwise operations in float32, the same for every step and every solver,
+and none of them needs a host value when the step index is a tensor: capture once, replay.
 """
 
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wantrt.schedulers.tables import Array
+from wantrt.schedulers.grids import Array
 
 
 class Solver:
-    """Runs the table of `make_table` on one latent.
+    """Runs the table of `make_table` on one latent; the formulas are in tables.py.
 
-    sample: float32, the latent being denoised; read it before a step, it is overwritten by it.
-    All tensors are allocated here once and keep their addresses until the solver is dropped.
+    sample: float32, the latent being denoised, overwritten by each step; between steps the caller
+    may overwrite a part of it, the same part every time (TI2V's first frame). All tensors are
+    allocated here, once, and keep their addresses.
     """
 
     def __init__(
         self, table: Array, shape: Sequence[int], device: torch.device | str = "cpu"
     ) -> None:
-        """table: float64 [N, 9]. shape: the latent's, [B, C, F, H, W]. Call `reset` before use."""
+        """table: float64 [N, 4]. shape: the latent's, [B, C, F, H, W]. Call `reset` before use."""
         self.rows = torch.tensor(table, dtype=torch.float32, device=device)
         self.sample = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
-        self._corrected = torch.zeros_like(self.sample)
-        self._x0_1 = torch.zeros_like(self.sample)  # the newest estimate of x0 ...
-        self._x0_2 = torch.zeros_like(self.sample)  # ... and the one before
+        self._x0 = torch.zeros_like(self.sample)
+        self._delta = torch.zeros_like(self.sample)
 
     @property
     def num_inference_steps(self) -> int:
@@ -36,8 +36,8 @@ class Solver:
     def reset(self, sample: Tensor) -> None:
         """Start a run: copy in `sample` (the noise, same shape, any dtype), forget the history."""
         self.sample.copy_(sample)
-        for history in (self._corrected, self._x0_1, self._x0_2):
-            history.zero_()  # a stale NaN would survive its zero coefficient
+        self._x0.zero_()  # a NaN left by a failed run would survive its zero coefficient
+        self._delta.zero_()
 
     def step(self, velocity: Tensor, index: int | Tensor) -> None:
         """Take step `index`, 0 to N - 1 in order, with the model's output for `sample`.
@@ -45,16 +45,13 @@ class Solver:
         velocity: the sample's shape, any dtype. index: int, or int64 [1] on the sample's device
         (then nothing here depends on the host, and the step can be captured).
         """
-        if isinstance(index, Tensor):
-            row = self.rows.index_select(0, index)[0]
-        else:
-            row = self.rows[index]
-        a, b0, b1, b2, b3, b4, c0, c1, c2 = row.unbind()
-        x0 = torch.addcmul(self.sample, velocity.float(), a)
-        corrected = self._corrected.mul_(b1)
-        corrected.addcmul_(self.sample, b0)
-        corrected.addcmul_(self._x0_1, b2).addcmul_(self._x0_2, b3).addcmul_(x0, b4)
-        torch.mul(corrected, c0, out=self.sample)
-        self.sample.addcmul_(x0, c1).addcmul_(self._x0_1, c2)
-        self._x0_2.copy_(self._x0_1)
-        self._x0_1.copy_(x0)
+        row = self.rows.index_select(0, index)[0] if isinstance(index, Tensor) else self.rows[index]
+        sigma, stride, newer, older = row.unbind()
+        velocity = velocity.float()
+        x0 = torch.addcmul(self.sample, velocity, sigma, value=-1)
+        delta = x0 - self._x0
+        # the change is summed before it meets the sample: one rounding at the sample's scale
+        change = (velocity * stride).addcmul_(delta, newer).addcmul_(self._delta, older)
+        self.sample.add_(change)
+        self._x0.copy_(x0)
+        self._delta.copy_(delta)
