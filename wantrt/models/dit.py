@@ -2,8 +2,8 @@
 
 ``condition`` runs once a prompt, ``time`` once a schedule, ``patch`` → ``blocks`` → ``head`` once a
 denoising step. Numerics are the official ones: matrix products and attention in the model's dtype;
-the residual stream, norms, modulation, gates, time embedding and head in float32; tables (RoPE, time
-sinusoid) from float64, made on the host.
+the residual stream, norms, modulation, gates, time embedding and head in float32; the tables (RoPE,
+time sinusoid) from float64, made on the host.
 
 Where tokens of a video differ in noise level (the clean first frame of TI2V), they differ by data:
 modulation comes as R rows and `token_row` says which row a token takes. R = 1 and no `token_row` is
@@ -40,10 +40,7 @@ class SelfAttention(nn.Module):
             self.config.num_heads,
             self.config.eps,
         )
-        y: Tensor = self.out(
-            merge_heads(self.ops.attention(q, k, v, None, self.config.head_dim**-0.5))
-        )
-        return y
+        return self.out(merge_heads(self.ops.attention(q, k, v, None, self.config.head_dim**-0.5)))
 
 
 class CrossAttention(nn.Module):
@@ -65,10 +62,7 @@ class CrossAttention(nn.Module):
         k, v = self.kv(context).chunk(2, dim=-1)
         k = self.ops.rms_norm(k, self.norm_k.weight, eps)
         q, k, v = (split_heads(t, heads) for t in (q, k, v))
-        y: Tensor = self.out(
-            merge_heads(self.ops.attention(q, k, v, None, self.config.head_dim**-0.5))
-        )
-        return y
+        return self.out(merge_heads(self.ops.attention(q, k, v, None, self.config.head_dim**-0.5)))
 
 
 class Block(nn.Module):
@@ -109,8 +103,7 @@ class DiTCondition(nn.Module):
 
     def forward(self, text_embeds: Tensor) -> Tensor:
         """text_embeds: [B, text_len, text_dim], rows past the prompt zero -> [B, text_len, C]."""
-        context: Tensor = self.text(text_embeds.to(self.text.up.weight.dtype))
-        return context
+        return self.text(text_embeds.to(self.text.up.weight.dtype))
 
 
 class DiTTime(nn.Module):
@@ -207,8 +200,7 @@ class DiT(nn.Module):
         hidden = self.patch(latent)
         for block in self.blocks:
             hidden = block(hidden, e6, token_row, context, cos, sin)
-        velocity: Tensor = self.head(hidden, e, token_row, latent)
-        return velocity
+        return self.head(hidden, e, token_row, latent)
 
 
 class FeedForward(nn.Module):
@@ -222,8 +214,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden_dim, out_dim or dim, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
-        return y
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
 class Scale(nn.Module):

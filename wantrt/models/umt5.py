@@ -83,8 +83,7 @@ class TextEncoder(nn.Module):
         hidden = self.embed(tokens)
         for layer in self.layers:
             hidden = layer(hidden, buckets, mask)
-        text_embeds: Tensor = self.head(hidden, mask)
-        return text_embeds
+        return self.head(hidden, mask)
 
 
 def position_buckets(

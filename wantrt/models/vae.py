@@ -12,7 +12,7 @@ Memory, not arithmetic, is what streaming buys: decoding 832x480 whole needs ten
 the two banks of caches (3.5 GiB each in float32) and the activations of four frames.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -80,8 +80,7 @@ class CausalConv3d(nn.Conv3d):
         if caches.starts_stream and x.shape[2] == 1:  # before the only frame there is nothing
             frame = F.conv2d(x[:, :, 0], self.weight[:, :, 2], self.bias, padding=self.padding[1:])
             return frame.unsqueeze(2)
-        out: Tensor = self(window)
-        return out
+        return self(window)
 
 
 class ResidualBlock(nn.Module):
@@ -100,8 +99,7 @@ class ResidualBlock(nn.Module):
     def stream(self, x: Tensor, caches: Caches) -> Tensor:
         y = self.conv1.stream(F.silu(self.norm1(x)), caches)
         y = self.conv2.stream(F.silu(self.norm2(y)), caches)
-        out: Tensor = y + self.shortcut(x)
-        return out
+        return y + self.shortcut(x)
 
 
 class FrameAttention(nn.Module):
@@ -139,7 +137,7 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x
         if not caches.starts_stream:
-            return self.time_conv(caches.extend(x, frames=1))  # type: ignore[no-any-return]
+            return self.time_conv(caches.extend(x, frames=1))
         caches.extend(x, frames=1)  # the first frame of a stream is not merged with another
         if x.shape[2] == 1:
             return x
@@ -177,6 +175,7 @@ class Upsample(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
+        self.config = config
         dims = [config.encoder_dim * m for m in (1, *config.dim_multipliers)]
         self.conv_in = CausalConv3d(3, dims[0], (3, 3, 3), dtype)
         self.down = nn.ModuleList()
@@ -190,18 +189,32 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3), dtype)
         self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1, dtype=dtype)
 
+    def forward(
+        self, pixels: Tensor, caches: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode one chunk: the next 4n frames of a stream, or its first 1 + 4n if caches is None.
+
+        pixels: [B, 3, T, H, W] in [−1, 1]. Returns the normalised latent [B, z, F, H/8, W/8],
+        float32, and the caches for the next chunk.
+        """
+        chunk = Caches(caches)
+        moments = self.stream(pixels.to(self.conv_in.weight.dtype), chunk)
+        mu, sigma = _statistics(self.config, pixels.device)
+        return (moments.chunk(2, dim=1)[0].float() - mu) / sigma, chunk.new
+
     def stream(self, x: Tensor, caches: Caches) -> Tensor:
         """Pixels [B, 3, T, H, W] -> mean and log-variance [B, 2z, F, H/8, W/8]."""
         x = self.conv_in.stream(x, caches)
         for layer in (*self.down, *self.middle):
-            x = layer.stream(x, caches)  # type: ignore[operator]
+            x = layer.stream(x, caches)
         x = self.conv_out.stream(F.silu(self.norm_out(x)), caches)
-        return self.quant_conv(x)  # type: ignore[no-any-return]
+        return self.quant_conv(x)
 
 
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
+        self.config = config
         multipliers = config.dim_multipliers[::-1]
         temporal_upsample = config.temporal_downsample[::-1]
         dims = [config.decoder_dim * m for m in (multipliers[0], *multipliers)]
@@ -218,39 +231,7 @@ class Decoder(nn.Module):
         self.norm_out = ChannelNorm(dims[-1], dtype)
         self.conv_out = CausalConv3d(dims[-1], 3, (3, 3, 3), dtype)
 
-    def stream(self, z: Tensor, caches: Caches) -> Tensor:
-        """Latent (not normalised) [B, z, F, H/8, W/8] -> pixels, unclamped [B, 3, T, H, W]."""
-        x = self.conv_in.stream(self.post_quant_conv(z), caches)
-        for layer in (*self.middle, *self.up):
-            x = layer.stream(x, caches)  # type: ignore[operator]
-        return self.conv_out.stream(F.silu(self.norm_out(x)), caches)
-
-
-class VAE(nn.Module):
-    """Encoder and decoder, with the latent normalised as the DiT sees it: (mean − μ) / σ."""
-
-    def __init__(
-        self, config: VAEConfig, dtype: torch.dtype = torch.float32, ops: Ops = TORCH_OPS
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = Encoder(config, dtype, ops)
-        self.decoder = Decoder(config, dtype, ops)
-
-    def encode(
-        self, pixels: Tensor, caches: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Encode one chunk: the next 4n frames of a stream, or its first 1 + 4n if caches is None.
-
-        pixels: [B, 3, T, H, W] in [−1, 1]. Returns the normalised latent [B, z, F, H/8, W/8] and
-        the caches for the next chunk.
-        """
-        chunk = Caches(caches)
-        mean = self.encoder.stream(pixels, chunk).chunk(2, dim=1)[0].float()
-        mu, sigma = self._statistics(mean)
-        return (mean - mu) / sigma, chunk.new
-
-    def decode(
+    def forward(
         self, latent: Tensor, caches: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Decode one chunk of latent frames, the first of a stream if caches is None.
@@ -259,14 +240,41 @@ class VAE(nn.Module):
         T = 4F (4F − 3 at the start), and the caches for the next chunk.
         """
         chunk = Caches(caches)
-        mu, sigma = self._statistics(latent)
-        z = (latent.float() * sigma + mu).to(self.decoder.conv_in.weight.dtype)
-        return self.decoder.stream(z, chunk).float().clamp(-1, 1), chunk.new
+        mu, sigma = _statistics(self.config, latent.device)
+        z = (latent.float() * sigma + mu).to(self.conv_in.weight.dtype)
+        return self.stream(z, chunk).float().clamp(-1, 1), chunk.new
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mu = torch.tensor(self.config.latents_mean, device=like.device).view(1, -1, 1, 1, 1)
-        sigma = torch.tensor(self.config.latents_std, device=like.device).view(1, -1, 1, 1, 1)
-        return mu, sigma
+    def stream(self, z: Tensor, caches: Caches) -> Tensor:
+        """Latent (not normalised) [B, z, F, H/8, W/8] -> pixels, unclamped [B, 3, T, H, W]."""
+        x = self.conv_in.stream(self.post_quant_conv(z), caches)
+        for layer in (*self.middle, *self.up):
+            x = layer.stream(x, caches)
+        return self.conv_out.stream(F.silu(self.norm_out(x)), caches)
+
+
+class VAE(nn.Module):
+    """Encoder and decoder. The latent is normalised as the DiT sees it: (mean − μ) / σ."""
+
+    def __init__(
+        self, config: VAEConfig, dtype: torch.dtype = torch.float32, ops: Ops = TORCH_OPS
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(config, dtype, ops)
+        self.decoder = Decoder(config, dtype, ops)
+
+    def encode(
+        self, pixels: Tensor, caches: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `Encoder.forward`."""
+        latent, new = self.encoder(pixels, caches)
+        return latent, new
+
+    def decode(
+        self, latent: Tensor, caches: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `Decoder.forward`."""
+        pixels, new = self.decoder(latent, caches)
+        return pixels, new
 
 
 def _middle(channels: int, dtype: torch.dtype, ops: Ops) -> nn.ModuleList:
@@ -279,10 +287,17 @@ def _middle(channels: int, dtype: torch.dtype, ops: Ops) -> nn.ModuleList:
     )
 
 
-def frames_as_batch(layer, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _statistics(config: VAEConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latent, each [1, z, 1, 1, 1]."""
+    mu = torch.tensor(config.latents_mean, device=device)
+    sigma = torch.tensor(config.latents_std, device=device)
+    return mu.view(1, -1, 1, 1, 1), sigma.view(1, -1, 1, 1, 1)
+
+
+def frames_as_batch(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run a 2-D layer on every frame of x [B, C, T, H, W]."""
     batch = x.shape[0]
-    y: Tensor = layer(x.transpose(1, 2).flatten(0, 1))
+    y = layer(x.transpose(1, 2).flatten(0, 1))
     return y.unflatten(0, (batch, -1)).transpose(1, 2)
 
 

@@ -1,0 +1,366 @@
+"""The components: what is exported and run as a unit, cut out of the reference modules.
+
+A component is a module with named inputs and outputs. Its parameters bear the names of the prepared
+tensors of its part (text encoder, DiT or VAE), so a graph's weight inputs, a session's bindings and
+a weight file all speak of the same names. A stack of blocks is one component that runs several
+times, each time bound to other blocks: that is what `instances` says.
+
+This is the only list of components; export, every runtime and `wantrt verify` read it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig
+from wantrt.errors import SettingsError
+from wantrt.models.dit import DiT
+from wantrt.models.ops import TORCH_OPS, Ops
+from wantrt.models.umt5 import TextEncoder
+from wantrt.models.vae import VAE
+from wantrt.session import TensorSpec
+
+FLOAT = torch.float32
+
+
+@dataclass(frozen=True)
+class Component:
+    """One unit of export and execution.
+
+    `module` lives on the meta device: it says what to compute; weights come from outside. It takes
+    the inputs in order and returns the outputs as a tuple in order. `instances` has one map for
+    each time the component runs in sequence: parameter of `module` -> prepared tensor.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    instances: Sequence[Mapping[str, str]]
+
+    @property
+    def weights(self) -> dict[str, TensorSpec]:
+        """Every weight the graph takes as an input, under the name it has in the graph."""
+        return {
+            name: TensorSpec(tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self.module.named_parameters()
+        }
+
+
+def text_components(
+    config: TextEncoderConfig, dtype: torch.dtype, stack: int | None = None, ops: Ops = TORCH_OPS
+) -> list[Component]:
+    """text_embed, text_stack (`stack` layers a run), text_head."""
+    with torch.device("meta"):
+        encoder = TextEncoder(config, dtype, ops)
+    stack = stack_size(config.num_layers, stack, at_most=4)
+    hidden = TensorSpec(FLOAT, ("B", "S", config.dim))
+    mask = TensorSpec(FLOAT, ("B", "S"))
+    return [
+        _component(
+            "text_embed",
+            _TextEmbed(encoder),
+            {"tokens": TensorSpec(torch.int64, ("B", "S"))},
+            {"hidden": hidden},
+        ),
+        _component(
+            "text_stack",
+            _TextStack(encoder, stack),
+            {
+                "hidden": hidden,
+                "position_buckets": TensorSpec(torch.int64, ("S", "S")),
+                "mask": mask,
+            },
+            {"hidden_out": hidden},
+            offsets=range(0, config.num_layers, stack),
+        ),
+        _component(
+            "text_head",
+            _TextHead(encoder),
+            {"hidden": hidden, "mask": mask},
+            {"text_embeds": hidden},
+        ),
+    ]
+
+
+def dit_components(
+    config: DiTConfig,
+    dtype: torch.dtype,
+    stack: int | None = None,
+    rows: int = 1,
+    ops: Ops = TORCH_OPS,
+) -> list[Component]:
+    """dit_condition, dit_time, dit_patch, dit_stack (`stack` blocks a run), dit_head.
+
+    `rows` is the number of modulation rows; with more than one, the stack and the head also take
+    `token_row`, the row of each token.
+    """
+    with torch.device("meta"):
+        dit = DiT(config, dtype, ops)
+    stack = stack_size(config.num_layers, stack, at_most=10)
+    latent = TensorSpec(FLOAT, ("B", config.in_channels, "F", "2*h", "2*w"))
+    velocity = TensorSpec(FLOAT, ("B", config.out_channels, "F", "2*h", "2*w"))
+    hidden = TensorSpec(FLOAT, ("B", "L", config.dim))
+    context = TensorSpec(dtype, ("B", config.text_len, config.dim))
+    table = TensorSpec(FLOAT, ("L", config.head_dim // 2))
+    token_row = {"token_row": TensorSpec(torch.int64, ("L",))} if rows > 1 else {}
+    return [
+        _component(
+            "dit_condition",
+            _DiTCondition(dit),
+            {"text_embeds": TensorSpec(FLOAT, ("B", config.text_len, config.text_dim))},
+            {"context": context},
+        ),
+        _component(
+            "dit_time",
+            _DiTTime(dit),
+            {"sinusoid": TensorSpec(FLOAT, ("T", config.freq_dim))},
+            {
+                "e": TensorSpec(FLOAT, ("T", config.dim)),
+                "e6": TensorSpec(FLOAT, ("T", 6, config.dim)),
+            },
+        ),
+        _component("dit_patch", _DiTPatch(dit), {"latent": latent}, {"hidden": hidden}),
+        _component(
+            "dit_stack",
+            _DiTStack(dit, stack),
+            {
+                "hidden": hidden,
+                "e6": TensorSpec(FLOAT, ("B", rows, 6, config.dim)),
+                "context": context,
+                "cos": table,
+                "sin": table,
+                **token_row,
+            },
+            {"hidden_out": hidden},
+            offsets=range(0, config.num_layers, stack),
+        ),
+        _component(
+            "dit_head",
+            _DiTHead(dit),
+            {
+                "hidden": hidden,
+                "e": TensorSpec(FLOAT, ("B", rows, config.dim)),
+                "latent": latent,
+                **token_row,
+            },
+            {"velocity": velocity},
+        ),
+    ]
+
+
+def vae_components(
+    config: VAEConfig,
+    dtype: torch.dtype,
+    encoder_dtype: torch.dtype | None = None,
+    ops: Ops = TORCH_OPS,
+) -> list[Component]:
+    """vae_decoder_first, vae_decoder_next, vae_encoder_first, vae_encoder_next; batch 1.
+
+    The first chunk of a stream takes no caches (they are zero) and leaves them; the next take them
+    as ``cache_0`` … and leave ``new_cache_0`` …
+    """
+    with torch.device("meta"):
+        decoder = VAE(config, dtype, ops)
+        encoder = VAE(config, encoder_dtype or dtype, ops)
+    cell, frames = config.spatial_stride, config.temporal_stride
+
+    latent = TensorSpec(FLOAT, (1, config.z_dim, 1, "h", "w"))
+
+    def pixels(num_frames: int) -> TensorSpec:
+        return TensorSpec(FLOAT, (1, 3, num_frames, multiple_of("h", cell), multiple_of("w", cell)))
+
+    def caches(prefix: str, traced: Sequence[Tensor]) -> dict[str, TensorSpec]:
+        """Specs from the caches of a trace at a latent of 2x2 cells."""
+        return {
+            f"{prefix}_{slot}": TensorSpec(
+                cache.dtype,
+                (
+                    *cache.shape[:3],
+                    multiple_of("h", cache.shape[3] // 2),
+                    multiple_of("w", cache.shape[4] // 2),
+                ),
+            )
+            for slot, cache in enumerate(traced)
+        }
+
+    with torch.device("meta"), torch.no_grad():
+        _, decoder_caches = decoder.decode(torch.empty(1, config.z_dim, 1, 2, 2))
+        _, encoder_caches = encoder.encode(torch.empty(1, 3, 1, 2 * cell, 2 * cell))
+    return [
+        _component(
+            "vae_decoder_first",
+            _VAEDecoder(decoder),
+            {"latent": latent},
+            {"pixels": pixels(1), **caches("new_cache", decoder_caches)},
+        ),
+        _component(
+            "vae_decoder_next",
+            _VAEDecoder(decoder),
+            {"latent": latent, **caches("cache", decoder_caches)},
+            {"pixels": pixels(frames), **caches("new_cache", decoder_caches)},
+        ),
+        _component(
+            "vae_encoder_first",
+            _VAEEncoder(encoder),
+            {"pixels": pixels(1)},
+            {"latent": latent, **caches("new_cache", encoder_caches)},
+        ),
+        _component(
+            "vae_encoder_next",
+            _VAEEncoder(encoder),
+            {"pixels": pixels(frames), **caches("cache", encoder_caches)},
+            {"latent": latent, **caches("new_cache", encoder_caches)},
+        ),
+    ]
+
+
+def stack_size(num_layers: int, requested: int | None, at_most: int) -> int:
+    """Layers a stack: as requested, or the largest divisor of `num_layers` up to `at_most`."""
+    divisors = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
+    if requested is None:
+        return max(n for n in divisors if n <= at_most)
+    if requested not in divisors:
+        raise SettingsError(
+            f"--stack {requested} does not divide {num_layers} layers. "
+            f"Take one of {', '.join(map(str, divisors))}."
+        )
+    return requested
+
+
+def multiple_of(symbol: str, factor: int) -> str:
+    return symbol if factor == 1 else f"{factor}*{symbol}"
+
+
+def _component(
+    name: str,
+    module: nn.Module,
+    inputs: Mapping[str, TensorSpec],
+    outputs: Mapping[str, TensorSpec],
+    offsets: Sequence[int] = (0,),
+) -> Component:
+    """A component whose instances start at the given layers."""
+    module.eval().requires_grad_(False)
+    parameters = [parameter for parameter, _ in module.named_parameters()]
+    instances = [{name: _shift(name, offset) for name in parameters} for offset in offsets]
+    return Component(name, module, inputs, outputs, instances)
+
+
+def _shift(name: str, offset: int) -> str:
+    """``blocks.2.ffn.up.weight`` shifted by 10 is ``blocks.12.ffn.up.weight``."""
+    if offset == 0:
+        return name
+    container, index, rest = name.split(".", 2)
+    return f"{container}.{int(index) + offset}.{rest}"
+
+
+# -- The modules, each a slice of a part under the part's own parameter names ---------------------
+
+
+class _TextEmbed(nn.Module):
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.embed = encoder.embed
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return (self.embed(tokens),)
+
+
+class _TextStack(nn.Module):
+    def __init__(self, encoder: TextEncoder, stack: int) -> None:
+        super().__init__()
+        self.layers = encoder.layers[:stack]
+
+    def forward(self, hidden: Tensor, position_buckets: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        for layer in self.layers:
+            hidden = layer(hidden, position_buckets, mask)
+        return (hidden,)
+
+
+class _TextHead(nn.Module):
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.head = encoder.head
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return (self.head(hidden, mask),)
+
+
+class _DiTCondition(nn.Module):
+    def __init__(self, dit: DiT) -> None:
+        super().__init__()
+        self.condition = dit.condition
+
+    def forward(self, text_embeds: Tensor) -> tuple[Tensor, ...]:
+        return (self.condition(text_embeds),)
+
+
+class _DiTTime(nn.Module):
+    def __init__(self, dit: DiT) -> None:
+        super().__init__()
+        self.time = dit.time
+
+    def forward(self, sinusoid: Tensor) -> tuple[Tensor, ...]:
+        e, e6 = self.time(sinusoid)
+        return e, e6
+
+
+class _DiTPatch(nn.Module):
+    def __init__(self, dit: DiT) -> None:
+        super().__init__()
+        self.patch = dit.patch
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
+        return (self.patch(latent),)
+
+
+class _DiTStack(nn.Module):
+    def __init__(self, dit: DiT, stack: int) -> None:
+        super().__init__()
+        self.blocks = dit.blocks[:stack]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        e6: Tensor,
+        context: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        token_row: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        for block in self.blocks:
+            hidden = block(hidden, e6, token_row, context, cos, sin)
+        return (hidden,)
+
+
+class _DiTHead(nn.Module):
+    def __init__(self, dit: DiT) -> None:
+        super().__init__()
+        self.head = dit.head
+
+    def forward(
+        self, hidden: Tensor, e: Tensor, latent: Tensor, token_row: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        return (self.head(hidden, e, token_row, latent),)
+
+
+class _VAEDecoder(nn.Module):
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+
+    def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        pixels, new = self.decoder(latent, caches or None)
+        return (pixels, *new)
+
+
+class _VAEEncoder(nn.Module):
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.encoder = vae.encoder
+
+    def forward(self, pixels: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        latent, new = self.encoder(pixels, caches or None)
+        return (latent, *new)
