@@ -166,11 +166,11 @@ class VideoWriter:
 def format_of(path: str | os.PathLike[str]) -> str:
     """The suffix that decides how to write: .mp4, .gif, .png; "" for a folder of pngs."""
     suffix = Path(path).suffix.lower()
-    if suffix in ENCODERS and not str(path).endswith("/"):
-        return suffix
-    if str(path).endswith("/") or Path(path).is_dir():
+    if str(path).endswith("/") or (Path(path).is_dir() and suffix not in ENCODERS):
         return ""
-    raise MediaError(f"cannot write {path}: no format for {suffix!r}; take {FORMATS}")
+    if suffix not in ENCODERS:
+        raise MediaError(f"cannot write {path}: no format for {suffix!r}; take {FORMATS}")
+    return suffix
 
 
 def check_output(
