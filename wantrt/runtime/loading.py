@@ -1,0 +1,118 @@
+"""The runtimes: what each needs, and the loader that turns a component into sessions.
+
+A new runtime is a loader and an entry in `RUNTIMES`. Heavy imports sit inside the functions.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wantrt.errors import RuntimeUnavailableError, UnsupportedTaskError
+from wantrt.schedulers.grids import check_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wantrt.models.components import Component
+    from wantrt.session import Device, Session
+
+Loader = Callable[["Component", Path | None, "Mapping[str, Tensor]", "Device"], "Sequence[Session]"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How components run.
+
+    `missing` says what keeps this machine from using it, None if nothing does. `precisions` in
+    order of preference. `load` gives one session for each instance of a component.
+    """
+
+    name: str
+    precisions: tuple[str, ...]
+    missing: Callable[[], str | None]
+    make_device: Callable[[], "Device"]
+    load: Loader
+
+
+def choose_runtime(requested: str | None, precisions: Iterable[str]) -> Runtime:
+    """The runtime asked for, or the best of this machine that serves all `precisions` of a bundle.
+
+    Raises SettingsError for an unknown name, RuntimeUnavailableError with the remedy.
+    """
+    needed = set(precisions)
+    if requested is not None and requested != "auto":
+        check_name("runtime", requested, (*RUNTIMES, *COMING))
+        if requested in COMING:
+            raise UnsupportedTaskError(
+                f"runtime {requested} is not there yet; today: {', '.join(RUNTIMES)}"
+            )
+        runtime = RUNTIMES[requested]
+        if missing := runtime.missing():
+            raise RuntimeUnavailableError(f"runtime {requested} cannot run here: {missing}")
+        if unserved := needed - set(runtime.precisions):
+            raise RuntimeUnavailableError(
+                f"runtime {requested} does not run {', '.join(sorted(unserved))}. "
+                f"Build for it: wantrt build --runtime {requested}"
+            )
+        return runtime
+    for runtime in RUNTIMES.values():
+        if runtime.missing() is None and needed <= set(runtime.precisions):
+            return runtime
+    raise RuntimeUnavailableError(
+        f"no runtime of this machine serves {', '.join(sorted(needed))}: "
+        + "; ".join(f"{r.name}: {r.missing() or 'other precision'}" for r in RUNTIMES.values())
+    )
+
+
+def _missing_onnxruntime() -> str | None:
+    if find_spec("onnxruntime") is None:
+        return "onnxruntime is not installed: pip install 'wantrt[cpu]'"
+    return None
+
+
+def _make_cpu() -> "Device":
+    from wantrt.session import CPUDevice
+
+    return CPUDevice()
+
+
+def _make_cuda_or_cpu() -> "Device":
+    import torch
+
+    from wantrt.session import CPUDevice, CUDADevice
+
+    return CUDADevice() if torch.cuda.is_available() else CPUDevice()
+
+
+def _load_onnxruntime(
+    component: "Component",
+    graph: Path | None,
+    weights: "Mapping[str, Tensor]",
+    device: "Device",
+) -> "Sequence[Session]":
+    from wantrt.runtime.onnxruntime_session import load_sessions
+
+    return load_sessions(component, graph, weights, device)
+
+
+def _load_torch(
+    component: "Component",
+    graph: Path | None,
+    weights: "Mapping[str, Tensor]",
+    device: "Device",
+) -> "Sequence[Session]":
+    from wantrt.runtime.torch_session import load_sessions
+
+    return load_sessions(component, graph, weights, device)
+
+
+RUNTIMES = {  # best first
+    runtime.name: runtime
+    for runtime in (
+        Runtime("onnxruntime", ("fp32",), _missing_onnxruntime, _make_cpu, _load_onnxruntime),
+        Runtime("torch", ("bf16", "fp32", "fp16"), lambda: None, _make_cuda_or_cpu, _load_torch),
+    )
+}
+COMING = ("tensorrt", "tensorrt-rtx")

@@ -1,0 +1,147 @@
+"""The settings of one generation: what was asked for, completed and checked before any work.
+
+Precedence: what the caller gives, then what the bundle recorded, then the variant's row. Under the
+diffusers convention the recorded ``scheduler_config.json`` gives solver and shift, and the defaults
+are those of the diffusers Wan pipelines.
+"""
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wantrt.config import Size, Variant
+from wantrt.errors import SettingsError
+from wantrt.schedulers.grids import CONVENTIONS, SOLVERS, check_name
+
+log = logging.getLogger("wantrt")
+
+DIFFUSERS_STEPS = 50
+DIFFUSERS_GUIDANCE_SCALE = 5.0
+DIFFUSERS_SOLVERS = {  # scheduler class -> our name
+    "UniPCMultistepScheduler": "unipc",
+    "DPMSolverMultistepScheduler": "dpm++",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+}
+MAX_AXIS = 1024  # patches an axis of RoPE can tell apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides what a generation gives, besides the weights and the runtime."""
+
+    prompt: str
+    negative_prompt: str
+    size: Size  # (width, height) in pixels
+    num_frames: int
+    num_inference_steps: int
+    guidance_scales: tuple[float, ...]  # one per expert, high noise first
+    flow_shift: float
+    solver: str
+    convention: str
+    seed: int
+    noise: str  # the device whose generator draws the noise: "cpu" or "cuda"
+
+    def latent_shape(self, variant: Variant) -> tuple[int, int, int, int]:
+        """(C, F, H, W) in latent cells."""
+        width, height = self.size
+        vae = variant.vae
+        return (
+            vae.z_dim,
+            (self.num_frames - 1) // vae.temporal_stride + 1,
+            height // vae.spatial_stride,
+            width // vae.spatial_stride,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def resolve(
+    variant: Variant,
+    recorded: Mapping[str, Any],
+    *,
+    prompt: str,
+    negative_prompt: str | None = None,
+    size: Size | None = None,
+    num_frames: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
+    flow_shift: float | None = None,
+    solver: str | None = None,
+    convention: str = "official",
+    seed: int | None = None,
+    noise: str = "cpu",
+) -> Settings:
+    """Complete and check the settings of one generation.
+
+    `recorded` is the bundle's ``settings``. Raises SettingsError that names the nearest valid value.
+    """
+    check_name("convention", convention, CONVENTIONS)
+    check_name("noise device", noise, ("cpu", "cuda"))
+    size = size or variant.size
+    num_frames = variant.num_frames if num_frames is None else num_frames
+    check_size(variant, size)
+    check_frames(variant, num_frames)
+    if not prompt.strip():
+        log.warning("the prompt is empty: the video will show anything")
+    if guidance_scale_2 is not None and len(variant.experts) == 1:
+        raise SettingsError(
+            f"guidance_scale_2 is for the low-noise expert; {variant.name} has one expert"
+        )
+    scales = [expert.guidance_scale for expert in variant.experts]
+    steps, shift, kind = variant.num_inference_steps, variant.flow_shift_for(size), variant.solver
+    negative = variant.negative_prompt
+    if convention == "diffusers":
+        scheduler = recorded.get("scheduler", {})
+        scales = [DIFFUSERS_GUIDANCE_SCALE if guidance_scale is None else guidance_scale] * 2
+        steps, negative = DIFFUSERS_STEPS, ""
+        shift = scheduler.get("flow_shift", scheduler.get("shift", shift))
+        kind = DIFFUSERS_SOLVERS.get(scheduler.get("_class_name", ""), kind)
+    asked = (guidance_scale, guidance_scale_2)
+    scales = [d if a is None else a for d, a in zip(scales, asked, strict=False)]
+    solver = kind if solver is None else solver
+    check_name("solver", solver, SOLVERS)
+    return Settings(
+        prompt=prompt,
+        negative_prompt=negative if negative_prompt is None else negative_prompt,
+        size=size,
+        num_frames=num_frames,
+        num_inference_steps=steps if num_inference_steps is None else num_inference_steps,
+        guidance_scales=tuple(scales[: len(variant.experts)]),
+        flow_shift=float(shift if flow_shift is None else flow_shift),
+        solver=solver,
+        convention=convention,
+        seed=secrets.randbelow(2**32) if seed is None else seed,
+        noise=noise,
+    )
+
+
+def check_size(variant: Variant, size: Size) -> None:
+    """Width and height: positive multiples of the variant's step, at most 1024 patches each."""
+    step = variant.size_step
+    largest = MAX_AXIS * step
+    if all(0 < side <= largest and side % step == 0 for side in size):
+        return
+    nearest = (min(max(round(side / step), 1) * step, largest) for side in size)
+    raise SettingsError(
+        f"size {size[0]}x{size[1]} is not a multiple of {step} from {step} to {largest}; "
+        f"nearest: {'x'.join(map(str, nearest))}"
+    )
+
+
+def check_frames(variant: Variant, num_frames: int) -> None:
+    """Frames: one, and then whole groups of the VAE's temporal stride."""
+    stride = variant.vae.temporal_stride
+    if variant.frames_fixed and num_frames != variant.num_frames:
+        raise SettingsError(f"{variant.name} makes {variant.num_frames} frames, not {num_frames}")
+    largest = (MAX_AXIS - 1) * stride + 1
+    if 1 <= num_frames <= largest and (num_frames - 1) % stride == 0:
+        return
+    below = min(max(num_frames - 1, 0) // stride * stride + 1, largest)
+    options = [str(below)] + ([str(below + stride)] if below < largest and num_frames > 0 else [])
+    raise SettingsError(
+        f"{num_frames} frames is not {stride}n + 1; nearest: {' or '.join(options)}"
+    )
