@@ -32,6 +32,7 @@ class Runtime:
     name: str
     precisions: tuple[str, ...]
     missing: Callable[[], str | None]
+    on_gpu: Callable[[], bool]
     make_device: Callable[[], "Device"]
     load: Loader
 
@@ -57,9 +58,13 @@ def choose_runtime(requested: str | None, precisions: Iterable[str]) -> Runtime:
                 f"Build for it: wantrt build --runtime {requested}"
             )
         return runtime
-    for runtime in RUNTIMES.values():
-        if runtime.missing() is None and needed <= set(runtime.precisions):
-            return runtime
+    usable = [
+        runtime
+        for runtime in RUNTIMES.values()
+        if runtime.missing() is None and needed <= set(runtime.precisions)
+    ]
+    if usable:
+        return max(usable, key=lambda runtime: runtime.on_gpu())  # the first of equals
     raise RuntimeUnavailableError(
         f"no runtime of this machine serves {', '.join(sorted(needed))}: "
         + "; ".join(f"{r.name}: {r.missing() or 'other precision'}" for r in RUNTIMES.values())
@@ -79,11 +84,15 @@ def _make_cpu() -> "Device":
 
 
 def _make_cuda_or_cpu() -> "Device":
-    import torch
-
     from wantrt.session import CPUDevice, CUDADevice
 
-    return CUDADevice() if torch.cuda.is_available() else CPUDevice()
+    return CUDADevice() if _has_cuda() else CPUDevice()
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _load_onnxruntime(
@@ -111,8 +120,22 @@ def _load_torch(
 RUNTIMES = {  # best first
     runtime.name: runtime
     for runtime in (
-        Runtime("onnxruntime", ("fp32",), _missing_onnxruntime, _make_cpu, _load_onnxruntime),
-        Runtime("torch", ("bf16", "fp32", "fp16"), lambda: None, _make_cuda_or_cpu, _load_torch),
+        Runtime(
+            name="onnxruntime",
+            precisions=("fp32",),
+            missing=_missing_onnxruntime,
+            on_gpu=lambda: False,
+            make_device=_make_cpu,
+            load=_load_onnxruntime,
+        ),
+        Runtime(
+            name="torch",
+            precisions=("bf16", "fp32", "fp16"),
+            missing=lambda: None,
+            on_gpu=_has_cuda,
+            make_device=_make_cuda_or_cpu,
+            load=_load_torch,
+        ),
     )
 }
 COMING = ("tensorrt", "tensorrt-rtx")

@@ -263,8 +263,8 @@ class Pipeline:
                     report("denoise", done, settings.num_inference_steps, latent)
                 if not torch.isfinite(latent).all():
                     raise ExecutionError(
-                        "the latents became NaN or infinite while denoising. Are the weights sound? "
-                        f"wantrt verify --bundle {self.bundle.path}"
+                        "the latents became NaN or infinite while denoising. Are the weights "
+                        f"sound? wantrt verify --bundle {self.bundle.path}"
                     )
                 clock.lap("denoise_s")
             total = latent.shape[2]
@@ -301,11 +301,13 @@ class Pipeline:
         return noise.to(self.device.torch_device)
 
     def _embed(self, settings: Settings, report: Callable[[str, int, int], None]) -> Tensor:
-        """Text embeddings of prompt and negative prompt, [2, text_len, text_dim]."""
-        return self.text_encoder.encode(
-            [settings.prompt, settings.negative_prompt],
-            lambda done, total: report("text", done, total),
-        )
+        """Text embeddings of the prompt and, if guidance needs it, of the negative prompt after it.
+
+        [1 or 2, text_len, text_dim].
+        """
+        guided = any(scale != 1.0 for scale in settings.guidance_scales)
+        prompts = [settings.prompt] + ([settings.negative_prompt] if guided else [])
+        return self.text_encoder.encode(prompts, lambda done, total: report("text", done, total))
 
     def _stages(self, settings: Settings, grid: Grid) -> list[Stage]:
         """Each expert with the steps it serves."""

@@ -77,7 +77,7 @@ def resolve(
 ) -> Settings:
     """Complete and check the settings of one generation.
 
-    `recorded` is the bundle's ``settings``. Raises SettingsError that names the nearest valid value.
+    `recorded` is the bundle's ``settings``. Raises SettingsError, with the nearest valid values.
     """
     check_name("convention", convention, CONVENTIONS)
     check_name("noise device", noise, ("cpu", "cuda"))
