@@ -1,0 +1,212 @@
+"""A bundle: the folder that `wantrt build` makes and everything else reads.
+
+    manifest.json    what it is: wantrt/manifest.py
+    build-log.json   what the building machine did; neither checked nor needed
+    tokenizer/  graphs/  weights/
+
+Loading checks the manifest, that every file is there with its size, headers of weights and hashes
+of the rest, and that nothing lies outside the folder: milliseconds. Weights, tens of gigabytes, are
+hashed when written and by `check_hashes` (`wantrt verify`, `wantrt build --check`).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wantrt.config import Variant
+from wantrt.errors import BundleError
+from wantrt.folder import Progress, remembered_sha256, sha256_of
+from wantrt.manifest import ComponentRecord, FileRecord, Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+BUILD_LOG = "build-log.json"
+FOLDERS = ("tokenizer", "graphs", "weights", "plans")
+LARGEST_MANIFEST_BYTES = 2**26
+LARGEST_HEADER_BYTES = 10**8  # safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle; `fingerprint` (of the manifest) stands for all that is in it."""
+
+    path: Path
+    manifest: Manifest
+    fingerprint: str
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Bundle":
+        """Raises BundleError for what is missing, altered, foreign, or made by a newer wantrt."""
+        root = Path(path)
+        content = _read_manifest_file(root)
+        manifest = read_manifest(content, str(root / MANIFEST))
+        bundle = cls(root, manifest, hashlib.sha256(content).hexdigest())
+        bundle._check_references()
+        bundle._check_files()
+        return bundle
+
+    @property
+    def variant(self) -> Variant:
+        return self.manifest.variant
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the checkpoint records about sampling (Diffusers' scheduler_config.json)."""
+        return self.manifest.settings
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """Part -> fp32, bf16 or fp16."""
+        return {name: part.precision for name, part in self.manifest.parts.items()}
+
+    @property
+    def stack(self) -> dict[str, int]:
+        """Component -> layers a run, for those that run several times."""
+        return {c.name: c.stack for c in self.manifest.components if c.stack is not None}
+
+    @property
+    def tokenizer(self) -> Path:
+        if self.manifest.tokenizer is None:
+            raise BundleError(
+                f"{self.path} has no tokenizer: its checkpoint had none. "
+                "Build it from a checkpoint with a tokenizer.json."
+            )
+        return self.path / self.manifest.tokenizer
+
+    def graph(self, component: str, part: str) -> Path:
+        """The ONNX file that `component` of `part` runs."""
+        graph = self._component(component, part).graph
+        if graph is None:
+            raise BundleError(
+                f"{self.path} has no graph of {component}: it was built for the torch runtime.\n"
+                "Build again with --runtime onnxruntime, or run with --runtime torch."
+            )
+        return self.path / graph
+
+    def weights(self, part: str) -> "dict[str, Tensor]":
+        """Prepared tensors by name, memory-mapped: pages are read when a tensor is used."""
+        files = self.manifest.parts[part].weights
+        if not files:
+            raise BundleError(
+                f"{self.path} has no weights of {part}: it was built with --no-weights."
+            )
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        tensors: dict[str, Tensor] = {}
+        for name in files:
+            try:
+                tensors |= load_file(self.path / name)
+            except (SafetensorError, OSError) as error:
+                raise _altered(self.path / name, str(error)) from error
+        return tensors
+
+    def check_hashes(self, progress: Progress | None = None) -> None:
+        """Hash every file, weights too. Raises BundleError that names all that were altered."""
+        altered = [
+            name
+            for name, record in self.manifest.files.items()
+            if remembered_sha256(self.path / name, progress) != record.sha256
+        ]
+        if altered:
+            raise _altered(self.path, f"sha256 differs: {', '.join(altered)}")
+
+    def _component(self, name: str, part: str) -> ComponentRecord:
+        for component in self.manifest.components:
+            if component.name == name and part in component.parts:
+                return component
+        raise BundleError(f"{self.path} has no component {name} of {part}. Build again.")
+
+    def _check_references(self) -> None:
+        """What the manifest speaks of is in its list of files and inside the folder."""
+        manifest = self.manifest
+        needed = {f for part in manifest.parts.values() for f in part.weights}
+        needed |= {component.graph for component in manifest.components if component.graph}
+        needed |= {manifest.tokenizer} if manifest.tokenizer else set()
+        if unlisted := sorted(needed - set(manifest.files)):
+            raise BundleError(f"{self.path / MANIFEST} does not list {', '.join(unlisted)}.")
+        for name in manifest.files:
+            parts = name.split("/")  # an absolute path begins with an empty one
+            if parts[0] not in FOLDERS or {"", ".", ".."} & set(parts) or "\\" in name:
+                raise BundleError(f"{self.path / MANIFEST} names {name}, outside of its folders.")
+
+    def _check_files(self) -> None:
+        root = self.path.resolve()
+        missing = [name for name in self.manifest.files if not (self.path / name).is_file()]
+        if missing:
+            raise BundleError(f"{self.path} lacks {', '.join(missing)}. {_build_again(self.path)}")
+        for name, record in self.manifest.files.items():
+            if (self.path / name).resolve() != root / name:
+                raise BundleError(
+                    f"{self.path / name} is a link, and links are not followed. "
+                    "Put the file itself there."
+                )
+            check_file(self.path / name, record)
+        present = {
+            path.relative_to(self.path).as_posix()
+            for folder in FOLDERS
+            for path in (self.path / folder).rglob("*")
+            if not path.is_dir() or path.is_symlink()
+        }
+        if foreign := sorted(present - set(self.manifest.files)):
+            raise BundleError(
+                f"{self.path} holds what its manifest does not know: {', '.join(foreign)}.\n"
+                "Delete it, or build again: wantrt build removes what is not the bundle's."
+            )
+
+
+def check_file(path: Path, record: FileRecord) -> None:
+    """Size, and a weight file's header or another file's hash. Raises BundleError."""
+    size = path.stat().st_size
+    if size != record.size:
+        raise _altered(path, f"{size} bytes instead of {record.size}")
+    if record.header_sha256 is None:
+        if sha256_of(path) != record.sha256:
+            raise _altered(path, "sha256 differs")
+    elif hash_header(path) != record.header_sha256:
+        raise _altered(path, "the header differs")
+
+
+def describe_file(path: Path, progress: Progress | None = None) -> FileRecord:
+    """The record of a file as it is now; reads all of it."""
+    header = hash_header(path) if path.suffix == ".safetensors" else None
+    sha256 = remembered_sha256(path, progress)
+    return FileRecord(size=path.stat().st_size, sha256=sha256, header_sha256=header)
+
+
+def hash_header(path: Path) -> str:
+    """The sha256 of a safetensors header, its length included."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header_bytes = int.from_bytes(length, "little")
+        if header_bytes > min(LARGEST_HEADER_BYTES, path.stat().st_size):
+            raise _altered(path, f"its header claims {header_bytes} bytes")
+        return hashlib.sha256(length + file.read(header_bytes)).hexdigest()
+
+
+def _read_manifest_file(root: Path) -> bytes:
+    path = root / MANIFEST
+    if not path.is_file():
+        if (root / BUILD_LOG).is_file():
+            raise BundleError(
+                f"{root} is an unfinished bundle: its build was interrupted.\n"
+                "Run the same wantrt build again; it goes on where it stopped."
+            )
+        raise BundleError(
+            f"{root} is not a bundle: there is no {path}.\n"
+            "Make one with: wantrt build --variant VARIANT --out BUNDLE"
+        )
+    if path.is_symlink() or path.stat().st_size > LARGEST_MANIFEST_BYTES:
+        raise BundleError(f"{path} is a link or absurdly large: not a manifest of wantrt.")
+    return path.read_bytes()
+
+
+def _altered(path: Path, what: str) -> BundleError:
+    return BundleError(f"{path} is not as it was built: {what}. {_build_again(path)}")
+
+
+def _build_again(path: Path) -> str:
+    return "Run the same wantrt build again; it rebuilds only what is damaged."

@@ -1,0 +1,92 @@
+"""What a bundle says about itself: the records of manifest.json.
+
+Nothing in it depends on when, where or by whom it was built: the same build gives the same bytes.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from wantrt.config import Variant
+from wantrt.errors import BundleError
+from wantrt.records import from_plain, to_plain
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """`header_sha256` is that of a safetensors header, which loading can check without the rest."""
+
+    size: int
+    sha256: str
+    header_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRecord:
+    """A unit of weights: the text encoder, an expert, the VAE. `weights` are files, in order."""
+
+    precision: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentRecord:
+    """A unit of execution and the parts whose weights it runs with; `stack`: layers a run."""
+
+    name: str
+    parts: tuple[str, ...]
+    inputs: dict[str, TensorRecord]
+    outputs: dict[str, TensorRecord]
+    stack: int | None = None
+    graph: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    fingerprint: str
+    layout: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    schema: int = SCHEMA
+    variant: Variant
+    checkpoint: CheckpointRecord
+    settings: dict[str, Any]  # what the checkpoint records about sampling
+    parts: dict[str, PartRecord]
+    components: tuple[ComponentRecord, ...]
+    files: dict[str, FileRecord]  # path inside the bundle, "/" between folders
+    tokenizer: str | None = None
+    tools: dict[str, str] = field(default_factory=dict)  # name -> version
+
+
+def read_manifest(content: bytes, where: str) -> Manifest:
+    """Raises BundleError for what is not a manifest, or one that this version cannot read."""
+    try:
+        plain = json.loads(content)
+        schema = plain["schema"]
+        if type(schema) is not int or schema < 1:
+            raise ValueError(f"schema is {schema!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{where} is not a manifest of wantrt ({error}). Build again.") from error
+    if schema > SCHEMA:
+        raise BundleError(
+            f"{where} has schema {schema}, made by a newer wantrt; this one reads up to {SCHEMA}.\n"
+            "Upgrade with: pip install --upgrade wantrt"
+        )
+    try:
+        return from_plain(Manifest, plain)
+    except ValueError as error:
+        raise BundleError(f"{where}: {error}. Build again.") from error
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    return (json.dumps(to_plain(manifest), indent=1, ensure_ascii=False) + "\n").encode()
