@@ -1,6 +1,7 @@
 """The shape of the repository: links, import names, what importing costs."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -79,6 +80,27 @@ def test_public_names_are_lazy_and_real():
     assert set(wantrt.__all__) <= set(dir(wantrt))
     with pytest.raises(AttributeError, match="no attribute 'Pipelin'"):
         wantrt.Pipelin  # noqa: B018
+
+
+ABSENT_ON_THE_GPU_MACHINE = (
+    *("diffusers", "transformers", "tokenizers", "ftfy", "huggingface_hub", "onnx", "onnxscript"),
+    *("onnxruntime", "av", "PIL", "click", "rich", "hypothesis", "xdist", "tensorrt_rtx"),
+)
+
+
+def test_gpu_pieces_need_only_torch_and_pytest():
+    """`make gpu` runs on a machine with torch, Triton, pytest, safetensors and nothing of ours."""
+    pieces = re.findall(r"^GPU_\d+ := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    paths = " ".join(pieces).split()
+    code = f"""
+import sys
+for name in {ABSENT_ON_THE_GPU_MACHINE}:
+    sys.modules[name] = None  # importing it fails, as if it were not there
+import pytest
+sys.exit(pytest.main(["--collect-only", "-m", "gpu", "-p", "no:cacheprovider", *{paths}]))
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def best_seconds(*arguments: str) -> float:
