@@ -93,7 +93,8 @@ def test_gpu_pieces_need_only_torch_and_pytest():
     pieces = re.findall(r"^GPU_\d+ := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     paths = " ".join(pieces).split()
     code = f"""
-import sys
+import os, sys
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 for name in {ABSENT_ON_THE_GPU_MACHINE}:
     sys.modules[name] = None  # importing it fails, as if it were not there
 import pytest
