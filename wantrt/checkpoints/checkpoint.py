@@ -1,0 +1,248 @@
+"""A checkpoint: its variant, and its weights as prepared tensors, part by part.
+
+Parts are the text encoder, one DiT an expert, and the VAE. The parameters of a part's module, built
+on the meta device, are the list of its prepared tensors: names, shapes and dtypes. Everything
+streams: one tensor is in memory at a time, and a file's bytes stay in the page cache.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wantrt.checkpoints.names import (
+    IGNORED_NAMES,
+    TIED_NAMES,
+    Layout,
+    NameMap,
+    Piece,
+    dit_names,
+    text_names,
+    vae_names,
+)
+from wantrt.checkpoints.tensors import StoredTensors
+from wantrt.checkpoints.writer import Plan, split_into_shards, write_safetensors
+from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig, Variant
+from wantrt.errors import CheckpointError, SettingsError
+from wantrt.models.dit import DiT
+from wantrt.models.umt5 import TextEncoder
+from wantrt.models.vae import VAE
+
+PartConfig = DiTConfig | VAEConfig | TextEncoderConfig
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+SHARD_BYTES = 4 << 30
+SAMPLE = 256  # values of a tensor's start, middle and end that go into the fingerprint
+LISTED = 50  # names of one kind that an error lists
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module's weights: what they are (config), where they are (tensors) and how named."""
+
+    name: str
+    config: PartConfig
+    tensors: StoredTensors
+    layout: Layout
+
+    def module(self, dtype: torch.dtype) -> nn.Module:
+        """The reference module on the meta device."""
+        return meta_module(self.config, dtype)
+
+    @cached_property
+    def names(self) -> NameMap:
+        return name_map(self.config)
+
+    def pieces(self, name: str, shape: tuple[int, ...]) -> list[Piece]:
+        """Where a prepared tensor is stored, from top to bottom."""
+        return [
+            replace(piece, name=TIED_NAMES[piece.name])
+            if piece.name in TIED_NAMES
+            and piece.name not in self.tensors.specs
+            and TIED_NAMES[piece.name] in self.tensors.specs
+            else piece
+            for piece in self.names.pieces(name, shape, self.layout)
+        ]
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> list[Tensor]:
+        """The pieces of a prepared tensor, each flat, in the dtype of the file."""
+        return [self.tensors.read(piece.name).reshape(-1) for piece in self.pieces(name, shape)]
+
+    def problems(self) -> list[str]:
+        """What is missing, misshapen, unexpected or no weight at all; from headers alone."""
+        found = dict(self.tensors.specs)
+        missing, wrong = [], []
+        for name, parameter in self.module(torch.float32).named_parameters():
+            for piece in self.pieces(name, tuple(parameter.shape)):
+                stored = found.pop(piece.name, None)
+                if stored is None:
+                    missing.append(piece.name)
+                elif stored.shape != piece.shape:
+                    wrong.append(f"{piece.name} is {stored.shape}, expected {piece.shape}")
+                elif not stored.dtype.is_floating_point:
+                    wrong.append(f"{piece.name} is {stored.dtype}, expected floating point")
+        unexpected = [n for n in found if not any(p.fullmatch(n) for p in IGNORED_NAMES)]
+        kinds = {"missing": missing, "misshapen": wrong, "unexpected": unexpected}
+        return [f"{self.name}: {_listed(kind, names)}" for kind, names in kinds.items() if names]
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    more = f"\n  … and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} {kind}\n  " + "\n  ".join(names[:LISTED]) + more
+
+
+def meta_module(config: PartConfig, dtype: torch.dtype) -> nn.Module:
+    """The reference module of a part, without memory."""
+    with torch.device("meta"):
+        if isinstance(config, DiTConfig):
+            return DiT(config, dtype)
+        return VAE(config, dtype) if isinstance(config, VAEConfig) else TextEncoder(config, dtype)
+
+
+def name_map(config: PartConfig) -> NameMap:
+    if isinstance(config, DiTConfig):
+        return dit_names(config)
+    return vae_names(config) if isinstance(config, VAEConfig) else text_names(config)
+
+
+def part_configs(variant: Variant) -> dict[str, PartConfig]:
+    """The parts of a variant by name, in the order in which they run."""
+    dits = {expert.name: expert.dit for expert in variant.experts}
+    return {"text_encoder": variant.text_encoder, **dits, "vae": variant.vae}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint. Nothing is read but headers until its weights are asked for.
+
+    `settings` is what a Diffusers repository records: ``scheduler_config`` and ``model_index`` as
+    they are. `notes` are sentences for the user: what was ambiguous and how it was taken.
+    """
+
+    variant: Variant
+    layout: Layout | None  # None: generated
+    parts: Mapping[str, Part]
+    source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise one CheckpointError that lists every tensor that does not fit, in every part."""
+        problems = [problem for part in self.parts.values() for problem in part.problems()]
+        problems += self._misfits()
+        if problems:
+            raise CheckpointError(
+                f"{self.source} does not fit {self.variant.title} ({self.layout} layout).\n"
+                + "\n".join(problems)
+                + "\nExpected exactly the tensors of the model. Is a file from another checkpoint?"
+            )
+
+    def _misfits(self) -> Iterator[str]:
+        """Parts that do not fit each other."""
+        for expert in self.variant.experts:
+            if expert.dit.text_dim != self.variant.text_encoder.dim:
+                yield (
+                    f"{expert.name} takes text features of {expert.dit.text_dim} channels, "
+                    f"the text encoder gives {self.variant.text_encoder.dim}"
+                )
+            if expert.dit.out_channels != self.variant.vae.z_dim:
+                yield (
+                    f"{expert.name} makes latents of {expert.dit.out_channels} channels, "
+                    f"the VAE takes {self.variant.vae.z_dim}"
+                )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of dimensions, stored dtypes and a sample of every tensor: not of its layout.
+
+        Any real change (training, merging, quantising) shows in it; a change of a few values that
+        somebody places on purpose need not.
+        """
+        digest = hashlib.sha256(repr(part_configs(self.variant)).encode())
+        if self.layout is None:
+            digest.update(self.source.encode())
+            return digest.hexdigest()
+        for part in self.parts.values():
+            for name, parameter in part.module(torch.float32).named_parameters():
+                digest.update(f"{part.name}/{name}".encode())
+                for flat in part.stored(name, tuple(parameter.shape)):
+                    middle = flat.numel() // 2
+                    digest.update(str(flat.dtype).encode())
+                    for start in (0, middle, max(0, flat.numel() - SAMPLE)):
+                        values = flat[start : start + SAMPLE].contiguous()
+                        digest.update(values.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def read(self, part: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The prepared tensors of a part, one at a time, in the order of the module's parameters.
+
+        A tensor that is stored as it is prepared comes as a view of the mapped file.
+        """
+        source = self._part(part)
+        for name, parameter in source.module(dtype).named_parameters():
+            pieces = source.stored(name, tuple(parameter.shape))
+            if len(pieces) == 1:
+                yield name, pieces[0].to(parameter.dtype).view(parameter.shape)
+            else:
+                joined = torch.cat([piece.to(parameter.dtype) for piece in pieces])
+                yield name, joined.view(parameter.shape)
+
+    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """The reference module with its weights, ready to run."""
+        module = self._part(part).module(dtype)
+        module.load_state_dict(dict(self.read(part, dtype)), assign=True)
+        return module.eval().requires_grad_(False)
+
+    def write(
+        self,
+        part: str,
+        dtype: torch.dtype,
+        path: Path,
+        progress: Progress | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> list[Path]:
+        """Stream the prepared tensors of a part into `path`, and return the files.
+
+        A part of more than `shard_bytes` becomes ``<stem>-00001-of-00004.safetensors`` and so on.
+        Files appear whole or not at all, and always with the same bytes for the same weights. One
+        that is already there with this content is kept: an interrupted preparation goes on.
+        """
+        source = self._part(part)
+        plan: Plan = {
+            name: (parameter.dtype, tuple(parameter.shape))
+            for name, parameter in source.module(dtype).named_parameters()
+        }
+        shards = split_into_shards(plan, shard_bytes)
+        total = sum(shard.nbytes for shard in shards)
+        files, done = [], 0
+        for number, shard in enumerate(shards, start=1):
+            suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            file = path.with_name(f"{path.stem}{suffix}.safetensors")
+            before = done
+
+            def report(written: int, before: int = before) -> None:
+                if progress is not None:
+                    progress(before + written, total)
+
+            write_safetensors(file, shard, lambda name: source.stored(name, plan[name][1]), report)
+            done += shard.nbytes
+            files.append(file)
+        return files
+
+    def _part(self, name: str) -> Part:
+        if name not in self.parts:
+            raise SettingsError(
+                f"{self.variant.name} has no part {name!r}. It has {', '.join(self.parts)}."
+            )
+        return self.parts[name]
+
+
+def find_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those tensors that hold NaN or infinity."""
+    return [name for name, tensor in tensors if not bool(torch.isfinite(tensor.float()).all())]

@@ -1,0 +1,279 @@
+"""Dimensions of a checkpoint: from its ``config.json`` files, else from the shapes of its tensors.
+
+The official transformer has a ``config.json`` that leaves out what never varies; the official VAE
+and UMT5 have none, and every dimension of theirs shows in a shape.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from wantrt.checkpoints.tensors import Stored
+from wantrt.config import VAE_2_1, VARIANTS, DiTConfig, TextEncoderConfig, VAEConfig
+from wantrt.errors import CheckpointError
+
+Specs = Mapping[str, Stored]
+
+MAX_LAYERS = 1000  # beyond it, and beyond MAX_DIM, a number in a file is a mistake or an attack
+MAX_DIM = 1 << 20
+
+
+class Fields:
+    """A ``config.json`` whose values are checked as they are read."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path, self.values = path, values
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None, at_most: int = MAX_DIM) -> int:
+        value = self.values.get(key, default)
+        value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"{self.path} has no {key!r}. Expected a positive integer there.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= at_most:
+            raise self._wrong(key, f"an integer from 1 to {at_most}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self._wrong(key, "a number")
+        return float(value)
+
+    def sequence(self, key: str, kind: type | tuple[type, ...], default: Sequence[Any]) -> Any:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, list | tuple) or not all(isinstance(item, kind) for item in value):
+            raise self._wrong(key, f"a list like {list(default)}")
+        return tuple(value)
+
+    def demand(self, key: str, *allowed: object) -> None:
+        """Refuse a value that the reference modules do not compute; a missing one is the usual."""
+        if key in self.values and self.values[key] not in allowed:
+            raise self._wrong(key, " or ".join(repr(value) for value in allowed))
+
+    def _wrong(self, key: str, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} says {key!r} is {self.values.get(key)!r}. Expected {expected}."
+        )
+
+
+def shape_of(specs: Specs, name: str, ndim: int, where: str) -> tuple[int, ...]:
+    """The shape of a tensor from which dimensions are read."""
+    if name not in specs:
+        raise CheckpointError(
+            f"{where} has no tensor {name}, which gives its dimensions. It holds "
+            f"{len(specs)} tensors{', such as ' + next(iter(specs)) if specs else ''}. "
+            "Is it a file of another model or layout?"
+        )
+    shape = specs[name].shape
+    if len(shape) != ndim:
+        raise CheckpointError(f"{where}: {name} is {shape}. Expected {ndim} axes.")
+    return shape
+
+
+# -- Transformer ----------------------------------------------------------------------------------
+
+
+def official_dit(config: Fields, specs: Specs, where: str) -> DiTConfig:
+    """From the official ``config.json``; text and image widths from the embeddings' shapes."""
+    config.demand("qk_norm", True)
+    config.demand("cross_attn_norm", True)
+    dit = DiTConfig(
+        dim=config.integer("dim"),
+        ffn_dim=config.integer("ffn_dim"),
+        num_heads=config.integer("num_heads"),
+        num_layers=config.integer("num_layers", at_most=MAX_LAYERS),
+        in_channels=config.integer("in_dim"),
+        out_channels=config.integer("out_dim"),
+        text_dim=shape_of(specs, "text_embedding.0.weight", 2, where)[1],
+        text_len=config.integer("text_len", 512),
+        freq_dim=config.integer("freq_dim", 256),
+        patch_size=config.sequence("patch_size", int, (1, 2, 2)),
+        eps=config.number("eps", 1e-6),
+        image_dim=_optional(specs, "img_emb.proj.0.weight", 0),
+        image_positions=_optional(specs, "img_emb.emb_pos", 1),
+        vace_layers=config.sequence("vace_layers", int, ()),
+        vace_channels=config.integer("vace_in_dim") if "vace_in_dim" in config else None,
+    )
+    return _whole_heads(dit, config)
+
+
+def diffusers_dit(config: Fields) -> DiTConfig:
+    """From the Diffusers ``config.json``.
+
+    It has no key for the number of text rows: it is the one that an otherwise equal variant has,
+    unless the file says `text_len` (diffusers ignores what it does not know).
+    """
+    config.demand("qk_norm", "rms_norm_across_heads")
+    config.demand("cross_attn_norm", True)
+    heads = config.integer("num_attention_heads")
+    dit = DiTConfig(
+        dim=heads * config.integer("attention_head_dim"),
+        ffn_dim=config.integer("ffn_dim"),
+        num_heads=heads,
+        num_layers=config.integer("num_layers", at_most=MAX_LAYERS),
+        in_channels=config.integer("in_channels"),
+        out_channels=config.integer("out_channels", 16),
+        text_dim=config.integer("text_dim", 4096),
+        freq_dim=config.integer("freq_dim", 256),
+        patch_size=config.sequence("patch_size", int, (1, 2, 2)),
+        eps=config.number("eps", 1e-6),
+        image_dim=config.integer("image_dim") if "image_dim" in config else None,
+        image_positions=config.integer("pos_embed_seq_len")
+        if "pos_embed_seq_len" in config
+        else None,
+        vace_layers=config.sequence("vace_layers", int, ()),
+        vace_channels=config.integer("vace_in_channels") if "vace_in_channels" in config else None,
+    )
+    if "text_len" in config:
+        return _whole_heads(replace(dit, text_len=config.integer("text_len")), config)
+    known = (expert.dit for variant in VARIANTS.values() for expert in variant.experts)
+    lengths = (other.text_len for other in known if replace(other, text_len=dit.text_len) == dit)
+    return _whole_heads(replace(dit, text_len=next(lengths, dit.text_len)), config)
+
+
+def _whole_heads(dit: DiTConfig, config: Fields) -> DiTConfig:
+    if dit.dim % dit.num_heads or dit.head_dim % 2:
+        raise CheckpointError(
+            f"{config.path}: {dit.dim} channels do not make {dit.num_heads} heads of an even width."
+        )
+    return dit
+
+
+def _optional(specs: Specs, name: str, axis: int) -> int | None:
+    return specs[name].shape[axis] if name in specs else None
+
+
+# -- VAE ------------------------------------------------------------------------------------------
+
+
+def official_vae(specs: Specs, where: str) -> VAEConfig:
+    """From names and shapes. The latent's statistics are those of the VAE with as many channels."""
+    if "encoder.downsamples.0.downsamples.0.residual.2.weight" in specs:
+        raise CheckpointError(
+            f"{where} is a Wan 2.2 VAE (16x16 cells). This version has the Wan 2.1 VAE only."
+        )
+    dim = shape_of(specs, "encoder.conv1.weight", 5, where)[0]
+    stages: list[list[int]] = [[]]  # output channels of the residual blocks, stage by stage
+    temporal = []
+    for index in range(_count(specs, r"encoder\.downsamples\.(\d+)\.", where)):
+        prefix = f"encoder.downsamples.{index}"
+        if f"{prefix}.resample.1.weight" in specs:
+            temporal.append(f"{prefix}.time_conv.weight" in specs)
+            stages.append([])
+        else:
+            stages[-1].append(shape_of(specs, f"{prefix}.residual.2.weight", 5, where)[0])
+    blocks = {len(stage) for stage in stages}
+    if len(blocks) != 1 or 0 in blocks or any(stage[-1] % dim for stage in stages):
+        raise CheckpointError(
+            f"{where}: the encoder's stages have {[len(s) for s in stages]} blocks of {stages} "
+            f"channels. Expected equally many in each, of multiples of {dim} channels."
+        )
+    multipliers = tuple(stage[-1] // dim for stage in stages)
+    out_dim = shape_of(specs, "decoder.head.2.weight", 5, where)[1]
+    return with_statistics(
+        VAEConfig(
+            z_dim=shape_of(specs, "conv2.weight", 5, where)[0],
+            encoder_dim=dim,
+            decoder_dim=out_dim // multipliers[0],
+            latents_mean=(),
+            latents_std=(),
+            dim_multipliers=multipliers,
+            num_res_blocks=len(stages[0]),
+            temporal_downsample=tuple(temporal),
+        )
+    )
+
+
+def diffusers_vae(config: Fields) -> VAEConfig:
+    """From the Diffusers ``config.json``; what it leaves out has the defaults of the class."""
+    config.demand("attn_scales", [])
+    config.demand("is_residual", False)
+    config.demand("patch_size", None, 1)
+    dim = config.integer("base_dim", VAE_2_1.encoder_dim)
+    vae = VAEConfig(
+        z_dim=config.integer("z_dim", VAE_2_1.z_dim),
+        encoder_dim=dim,
+        decoder_dim=config.integer("decoder_base_dim", dim),
+        latents_mean=config.sequence("latents_mean", (int, float), ()),
+        latents_std=config.sequence("latents_std", (int, float), ()),
+        dim_multipliers=config.sequence("dim_mult", int, VAE_2_1.dim_multipliers),
+        num_res_blocks=config.integer("num_res_blocks", VAE_2_1.num_res_blocks, at_most=MAX_LAYERS),
+        temporal_downsample=config.sequence("temperal_downsample", bool, (False, True, True)),
+    )
+    if not vae.latents_mean and not vae.latents_std:
+        return with_statistics(vae)
+    if len(vae.latents_mean) != vae.z_dim or len(vae.latents_std) != vae.z_dim:
+        raise CheckpointError(
+            f"{config.path}: latents_mean has {len(vae.latents_mean)} and latents_std "
+            f"{len(vae.latents_std)} values. Expected z_dim = {vae.z_dim} of each."
+        )
+    return vae
+
+
+def with_statistics(vae: VAEConfig) -> VAEConfig:
+    """The VAE with the latent statistics of the known one of as many channels, else none."""
+    known = {variant.vae.z_dim: variant.vae for variant in VARIANTS.values()}
+    if vae.z_dim in known:
+        mean, std = known[vae.z_dim].latents_mean, known[vae.z_dim].latents_std
+    else:
+        mean, std = (0.0,) * vae.z_dim, (1.0,) * vae.z_dim
+    return replace(vae, latents_mean=mean, latents_std=std)
+
+
+def _count(specs: Specs, pattern: str, where: str) -> int:
+    """One more than the largest index that the pattern finds."""
+    found = [int(match[1]) for name in specs if (match := re.match(pattern, name))]
+    if not found or max(found) >= MAX_LAYERS:
+        raise CheckpointError(f"{where} has no tensors like {pattern}. Is it of another model?")
+    return max(found) + 1
+
+
+# -- Text encoder ---------------------------------------------------------------------------------
+
+
+def official_text_encoder(specs: Specs, where: str) -> TextEncoderConfig:
+    """From shapes; the position table [buckets, heads] gives the number of heads."""
+    vocab_size, dim = shape_of(specs, "token_embedding.weight", 2, where)
+    buckets, heads = shape_of(specs, "blocks.0.pos_embedding.embedding.weight", 2, where)
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        attention_dim=shape_of(specs, "blocks.0.attn.q.weight", 2, where)[0],
+        ffn_dim=shape_of(specs, "blocks.0.ffn.fc1.weight", 2, where)[0],
+        num_heads=heads,
+        num_layers=_count(specs, r"blocks\.(\d+)\.", where),
+        num_buckets=buckets,
+    )
+
+
+def diffusers_text_encoder(config: Fields) -> TextEncoderConfig:
+    """From the ``config.json`` of Hugging Face's UMT5."""
+    config.demand("model_type", "umt5")
+    config.demand("feed_forward_proj", "gated-gelu")
+    heads = config.integer("num_heads")
+    return TextEncoderConfig(
+        vocab_size=config.integer("vocab_size", at_most=1 << 24),
+        dim=config.integer("d_model"),
+        attention_dim=heads * config.integer("d_kv"),
+        ffn_dim=config.integer("d_ff"),
+        num_heads=heads,
+        num_layers=config.integer("num_layers", at_most=MAX_LAYERS),
+        num_buckets=config.integer("relative_attention_num_buckets", 32),
+        max_distance=config.integer("relative_attention_max_distance", 128),
+        eps=config.number("layer_norm_epsilon", 1e-6),
+    )
+
+
+def differences(ours: object, theirs: object) -> list[str]:
+    """The fields in which two configs of one class differ, as ``dim 1536, not 256``."""
+    return [
+        f"{field.name} {getattr(theirs, field.name)}, not {getattr(ours, field.name)}"
+        for field in fields(ours)  # type: ignore[arg-type]
+        if getattr(ours, field.name) != getattr(theirs, field.name)
+    ]

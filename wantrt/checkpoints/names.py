@@ -1,0 +1,240 @@
+"""What the tensors of a checkpoint are called: prepared, official and Diffusers names, as tables.
+
+A prepared tensor is stored as one tensor or as several to be put one below the other (q, k, v).
+Nothing else happens to it: the stored tensors, flattened and joined, are the prepared tensor
+flattened, whatever the singleton axes they are stored with. Another task is more rows here.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig
+
+Layout = Literal["official", "diffusers", "prepared"]
+Shape = tuple[int, ...]
+
+
+def as_prepared(shape: Shape) -> Shape:
+    return shape
+
+
+def as_table(shape: Shape) -> Shape:
+    return (1, *shape)
+
+
+def as_gamma_3d(shape: Shape) -> Shape:
+    return (*shape, 1, 1, 1)
+
+
+def as_gamma_2d(shape: Shape) -> Shape:
+    return (*shape, 1, 1)
+
+
+def as_conv_1x1(shape: Shape) -> Shape:
+    return (*shape, 1, 1) if len(shape) == 2 else shape  # a bias stays
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry: what begins with `prepared` begins, in a file, with `official` or `diffusers`.
+
+    ``*`` stands for an index. ``q|k|v`` at the end names tensors that are fused, in that order.
+    `stored` gives the shape in the file of a (piece of a) tensor from its prepared shape.
+    """
+
+    prepared: str
+    official: str
+    diffusers: str
+    stored: Callable[[Shape], Shape] = as_prepared
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor as it is stored."""
+
+    name: str
+    shape: Shape
+
+
+class NameMap:
+    """The names of one part's tensors, in every layout."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = [(_pattern(row.prepared), row) for row in rows]
+
+    def pieces(self, name: str, shape: Shape, layout: Layout) -> list[Piece]:
+        """Where the prepared tensor `name` [shape] is stored: its pieces from top to bottom."""
+        if layout == "prepared":
+            return [Piece(name, shape)]
+        row, match = self._find(name)
+        *indices, suffix = match.groups()
+        template = row.official if layout == "official" else row.diffusers
+        stem, _, last = template.rpartition(".")
+        names = [f"{stem}.{word}".lstrip(".") for word in last.split("|")]
+        piece_shape = row.stored((shape[0] // len(names), *shape[1:]))
+        return [Piece(_fill(name, indices) + suffix, piece_shape) for name in names]
+
+    def _find(self, name: str) -> tuple[Row, re.Match[str]]:
+        for pattern, row in self._rows:
+            if match := pattern.fullmatch(name):
+                return row, match
+        raise KeyError(f"no row of the name map covers {name}")
+
+
+def _pattern(prepared: str) -> re.Pattern[str]:
+    return re.compile(re.escape(prepared).replace(r"\*", r"(\d+)") + r"((?:\..+)?)")
+
+
+def _fill(template: str, indices: Sequence[str]) -> str:
+    for index in indices:
+        template = template.replace("*", index, 1)
+    return template
+
+
+# -- The transformer ------------------------------------------------------------------------------
+
+
+def dit_names(config: DiTConfig) -> NameMap:
+    def as_patch(shape: Shape) -> Shape:
+        conv = (shape[0], config.in_channels, *config.patch_size)
+        return conv if len(shape) == 2 else shape
+
+    embedder = "condition_embedder"
+    return NameMap(
+        (
+            Row("condition.text.up", "text_embedding.0", f"{embedder}.text_embedder.linear_1"),
+            Row("condition.text.down", "text_embedding.2", f"{embedder}.text_embedder.linear_2"),
+            Row("time.up", "time_embedding.0", f"{embedder}.time_embedder.linear_1"),
+            Row("time.down", "time_embedding.2", f"{embedder}.time_embedder.linear_2"),
+            Row("time.modulation", "time_projection.1", f"{embedder}.time_proj"),
+            Row("patch.proj", "patch_embedding", "patch_embedding", as_patch),
+            Row(
+                "blocks.*.modulation", "blocks.*.modulation", "blocks.*.scale_shift_table", as_table
+            ),
+            Row(
+                "blocks.*.self_attn.qkv",
+                "blocks.*.self_attn.q|k|v",
+                "blocks.*.attn1.to_q|to_k|to_v",
+            ),
+            Row("blocks.*.self_attn.norm_q", "blocks.*.self_attn.norm_q", "blocks.*.attn1.norm_q"),
+            Row("blocks.*.self_attn.norm_k", "blocks.*.self_attn.norm_k", "blocks.*.attn1.norm_k"),
+            Row("blocks.*.self_attn.out", "blocks.*.self_attn.o", "blocks.*.attn1.to_out.0"),
+            Row("blocks.*.cross_norm", "blocks.*.norm3", "blocks.*.norm2"),  # theirs swap 2 and 3
+            Row("blocks.*.cross_attn.q", "blocks.*.cross_attn.q", "blocks.*.attn2.to_q"),
+            Row("blocks.*.cross_attn.kv", "blocks.*.cross_attn.k|v", "blocks.*.attn2.to_k|to_v"),
+            Row(
+                "blocks.*.cross_attn.norm_q", "blocks.*.cross_attn.norm_q", "blocks.*.attn2.norm_q"
+            ),
+            Row(
+                "blocks.*.cross_attn.norm_k", "blocks.*.cross_attn.norm_k", "blocks.*.attn2.norm_k"
+            ),
+            Row("blocks.*.cross_attn.out", "blocks.*.cross_attn.o", "blocks.*.attn2.to_out.0"),
+            Row("blocks.*.ffn.up", "blocks.*.ffn.0", "blocks.*.ffn.net.0.proj"),
+            Row("blocks.*.ffn.down", "blocks.*.ffn.2", "blocks.*.ffn.net.2"),
+            Row("head.modulation", "head.modulation", "scale_shift_table", as_table),
+            Row("head.proj", "head.head", "proj_out"),
+        )
+    )
+
+
+# -- The VAE: every layer is a container and, in it, a leaf ---------------------------------------
+
+VAE_LEAVES = (
+    Row("norm1.gamma", "residual.0.gamma", "norm1.gamma", as_gamma_3d),
+    Row("conv1", "residual.2", "conv1"),
+    Row("norm2.gamma", "residual.3.gamma", "norm2.gamma", as_gamma_3d),
+    Row("conv2", "residual.6", "conv2"),
+    Row("shortcut", "shortcut", "conv_shortcut"),
+    Row("conv", "resample.1", "resample.1"),
+    Row("time_conv", "time_conv", "time_conv"),
+    Row("norm.gamma", "norm.gamma", "norm.gamma", as_gamma_2d),
+    Row("qkv", "to_qkv", "to_qkv", as_conv_1x1),
+    Row("proj", "proj", "proj", as_conv_1x1),
+)
+
+
+def vae_names(config: VAEConfig) -> NameMap:
+    containers = [Row("encoder.down.*", "encoder.downsamples.*", "encoder.down_blocks.*")]
+    for stage, block in product(
+        range(len(config.dim_multipliers)), range(config.num_res_blocks + 2)
+    ):
+        flat = stage * (config.num_res_blocks + 2) + block
+        inner = f"resnets.{block}" if block <= config.num_res_blocks else "upsamplers.0"
+        containers.append(
+            Row(
+                f"decoder.up.{flat}",
+                f"decoder.upsamples.{flat}",
+                f"decoder.up_blocks.{stage}.{inner}",
+            )
+        )
+    rows = [
+        Row("encoder.quant_conv", "conv1", "quant_conv"),
+        Row("decoder.post_quant_conv", "conv2", "post_quant_conv"),
+    ]
+    for side in ("encoder", "decoder"):
+        middle = f"{side}.mid_block"
+        containers += [
+            Row(f"{side}.middle.0", f"{side}.middle.0", f"{middle}.resnets.0"),
+            Row(f"{side}.middle.1", f"{side}.middle.1", f"{middle}.attentions.0"),
+            Row(f"{side}.middle.2", f"{side}.middle.2", f"{middle}.resnets.1"),
+        ]
+        rows += [
+            Row(f"{side}.conv_in", f"{side}.conv1", f"{side}.conv_in"),
+            Row(
+                f"{side}.norm_out.gamma",
+                f"{side}.head.0.gamma",
+                f"{side}.norm_out.gamma",
+                as_gamma_3d,
+            ),
+            Row(f"{side}.conv_out", f"{side}.head.2", f"{side}.conv_out"),
+        ]
+    rows += [
+        Row(
+            f"{container.prepared}.{leaf.prepared}",
+            f"{container.official}.{leaf.official}",
+            f"{container.diffusers}.{leaf.diffusers}",
+            leaf.stored,
+        )
+        for container, leaf in product(containers, VAE_LEAVES)
+    ]
+    return NameMap(rows)
+
+
+# -- The text encoder -----------------------------------------------------------------------------
+
+
+def text_names(config: TextEncoderConfig) -> NameMap:
+    official, attention, ffn = "blocks.*", "encoder.block.*.layer.0", "encoder.block.*.layer.1"
+    return NameMap(
+        (
+            Row("embed", "token_embedding", "shared"),
+            Row("layers.*.attn_norm", f"{official}.norm1.weight", f"{attention}.layer_norm.weight"),
+            Row("layers.*.qkv", f"{official}.attn.q|k|v", f"{attention}.SelfAttention.q|k|v"),
+            Row(
+                "layers.*.position_bias",
+                f"{official}.pos_embedding.embedding.weight",
+                f"{attention}.SelfAttention.relative_attention_bias.weight",
+            ),
+            Row("layers.*.out", f"{official}.attn.o", f"{attention}.SelfAttention.o"),
+            Row("layers.*.ffn_norm", f"{official}.norm2.weight", f"{ffn}.layer_norm.weight"),
+            Row("layers.*.gate", f"{official}.ffn.gate.0", f"{ffn}.DenseReluDense.wi_0"),
+            Row("layers.*.up", f"{official}.ffn.fc1", f"{ffn}.DenseReluDense.wi_1"),
+            Row("layers.*.down", f"{official}.ffn.fc2", f"{ffn}.DenseReluDense.wo"),
+            Row("head.norm", "norm.weight", "encoder.final_layer_norm.weight"),
+        )
+    )
+
+
+# -- Exceptions -----------------------------------------------------------------------------------
+
+# A file may lack the first and have the second: the token embedding is tied in Hugging Face's T5.
+TIED_NAMES = {"shared.weight": "encoder.embed_tokens.weight"}
+
+# Stored, but not part of the model.
+IGNORED_NAMES = (
+    re.compile(r"encoder\.embed_tokens\.weight"),
+    re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight"),  # in old Diffusers checkpoints
+)

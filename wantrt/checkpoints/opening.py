@@ -1,0 +1,298 @@
+"""Finds out what a checkpoint is: where it lies, its layout, its dimensions, its variant."""
+
+import logging
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wantrt.checkpoints import configs
+from wantrt.checkpoints.checkpoint import Checkpoint, Part, meta_module, part_configs
+from wantrt.checkpoints.configs import Fields
+from wantrt.checkpoints.folder import Folder
+from wantrt.checkpoints.generate import GeneratedTensors
+from wantrt.checkpoints.hub import fetch
+from wantrt.checkpoints.names import Layout
+from wantrt.checkpoints.tensors import StoredTensors
+from wantrt.checkpoints.variants import find_variant, identify, with_dimensions
+from wantrt.config import VARIANTS, DiTConfig, TextEncoderConfig, VAEConfig, Variant
+from wantrt.errors import CheckpointError, SettingsError, UnsupportedTaskError
+
+log = logging.getLogger("wantrt")
+
+TASKS = ("t2v",)  # whose tensors the name maps know
+NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+RANDOM = re.compile(r"random:(\d+)(?::(.*))?")
+
+DIT_STEM = "diffusion_pytorch_model"
+OFFICIAL_VAE_STEM = "*_VAE"
+OFFICIAL_TEXT_STEM = "models_t5*"
+OFFICIAL_TOKENIZER = "google/umt5-xxl/tokenizer.json"
+DIFFUSERS_TOKENIZER = "tokenizer/tokenizer.json"
+
+DIFFUSERS_TASKS = {
+    "WanPipeline": "t2v",
+    "WanImageToVideoPipeline": "i2v",
+    "WanVACEPipeline": "vace",
+    "WanAnimatePipeline": "animate",
+}
+
+
+def open_checkpoint(source: str | Path | None = None, variant: str | None = None) -> Checkpoint:
+    """Open a checkpoint and check it, reading nothing but headers.
+
+    `source` is a folder (official or Diffusers layout), a Hugging Face repository id, or
+    ``random:SEED`` (generated weights; ``random:SEED:dim=256,num_heads=4,vae.encoder_dim=32``
+    changes dimensions: plain names are the transformer's, ``vae.`` and ``text_encoder.`` the
+    others'). None is the official repository of `variant`, and what ships with wantrt for nano.
+
+    Raises CheckpointError for what is missing, damaged or does not fit, SettingsError for what is
+    asked wrongly, UnsupportedTaskError for a task that is not there yet.
+    """
+    requested = None if variant is None else find_variant(variant)
+    text = str(source) if source is not None else _default_source(requested)
+    if text.startswith("random:"):
+        checkpoint = _generated(text, requested or VARIANTS["nano"])
+    elif Path(text).is_dir():
+        checkpoint = _open_folder(Path(text), text, requested)
+    elif REPO_ID.fullmatch(text):
+        checkpoint = fetch(text, lambda path: _open_folder(path, text, requested))
+    else:
+        raise CheckpointError(
+            f"no checkpoint {text!r}: there is no such folder, and it is no repository id "
+            "(organisation/name) and not random:SEED. Give --checkpoint one of the three."
+        )
+    checkpoint.check()
+    for note in checkpoint.notes:
+        log.info(note)
+    return checkpoint
+
+
+def _default_source(requested: Variant | None) -> str:
+    if requested is None or requested.name == "nano":
+        return str(NANO)
+    if requested.repo_id is None:
+        raise SettingsError(f"{requested.name} has no repository. Name one with --checkpoint.")
+    return requested.repo_id
+
+
+def _require_task(task: str, where: str) -> None:
+    if task not in TASKS:
+        raise UnsupportedTaskError(
+            f"{where} is a {task} checkpoint; this version runs {', '.join(TASKS)} only."
+        )
+
+
+# -- Generated ------------------------------------------------------------------------------------
+
+
+def _generated(source: str, row: Variant) -> Checkpoint:
+    match = RANDOM.fullmatch(source)
+    if match is None:
+        raise SettingsError(
+            f"{source!r} is no generated checkpoint. Expected random:SEED or "
+            "random:SEED:field=value,…, such as random:0:dim=256,num_heads=4,num_layers=2."
+        )
+    _require_task(row.task, row.name)
+    variant = _resized(row, match[2] or "")
+    parts = {
+        name: Part(
+            name=name,
+            config=config,
+            tensors=GeneratedTensors(int(match[1]), name, meta_module(config, torch.float32)),
+            layout="prepared",
+        )
+        for name, config in part_configs(variant).items()
+    }
+    tokenizer = NANO / DIFFUSERS_TOKENIZER  # any will do: the weights know no words
+    return Checkpoint(
+        variant=variant,
+        layout=None,
+        parts=parts,
+        source=source,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+    )
+
+
+def _resized(row: Variant, changes: str) -> Variant:
+    """The row with the dimensions that ``dim=256,vae.encoder_dim=32`` asks for."""
+    given: dict[str, dict[str, Any]] = {"dit": {}, "vae": {}, "text_encoder": {}}
+    kinds = {"dit": DiTConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig}
+    for change in filter(None, changes.split(",")):
+        path, _, value = change.partition("=")
+        part, _, name = path.strip().rpartition(".")
+        part = part or "dit"
+        known = [f.name for f in fields(kinds[part]) if f.type is int] if part in kinds else []
+        if name not in known or not value.strip().isdigit() or int(value) < 1:
+            raise SettingsError(
+                f"random: cannot set {change!r}. Expected [vae.|text_encoder.]field=number"
+                + (f" with one of {', '.join(known)}." if known else ".")
+            )
+        given[part][name] = int(value)
+    text_encoder = replace(row.text_encoder, **given["text_encoder"])
+    vae = configs.with_statistics(replace(row.vae, **given["vae"])) if given["vae"] else row.vae
+    linked: dict[str, Any] = {
+        "text_dim": text_encoder.dim,
+        "in_channels": vae.z_dim,
+        "out_channels": vae.z_dim,
+    }
+    dits = [replace(expert.dit, **(linked | given["dit"])) for expert in row.experts]
+    return with_dimensions(row, dits, vae, text_encoder)
+
+
+# -- Folders --------------------------------------------------------------------------------------
+
+
+def _open_folder(path: Path, source: str, requested: Variant | None) -> Checkpoint:
+    folder = Folder(path)
+    if folder.file("transformer/config.json") or folder.file("model_index.json"):
+        return _Opening(folder, source, requested, "diffusers").diffusers()
+    if folder.file("config.json") or folder.file("high_noise_model/config.json"):
+        return _Opening(folder, source, requested, "official").official()
+    raise CheckpointError(
+        f"{path} is no checkpoint. Looked for transformer/config.json (Diffusers layout), "
+        "config.json and high_noise_model/config.json (official layout), and found none."
+    )
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """One folder while it is being read."""
+
+    folder: Folder
+    source: str
+    requested: Variant | None
+    layout: Layout
+
+    def official(self) -> Checkpoint:
+        two = self.folder.file("high_noise_model/config.json") is not None
+        folders = ["high_noise_model/", "low_noise_model/"] if two else [""]
+        config_files = [self._config(f"{folder}config.json") for folder in folders]
+        task = _official_task(config_files[0])
+        self._require_task(task)
+        *dit_tensors, vae, text = self._all_tensors(
+            [*(f"{folder}{DIT_STEM}" for folder in folders), OFFICIAL_VAE_STEM, OFFICIAL_TEXT_STEM]
+        )
+        dits = [
+            configs.official_dit(config, tensors.specs, str(config.path))
+            for config, tensors in zip(config_files, dit_tensors, strict=True)
+        ]
+        vae_config = configs.official_vae(vae.specs, f"the VAE of {self.source}")
+        text_config = configs.official_text_encoder(
+            text.specs, f"the text encoder of {self.source}"
+        )
+        return self._checkpoint(
+            self._identify(task, dits, vae_config, text_config),
+            [text, *dit_tensors, vae],
+            tokenizer=OFFICIAL_TOKENIZER,
+        )
+
+    def diffusers(self) -> Checkpoint:
+        index = self.folder.json("model_index.json") or {}
+        two = self.folder.file("transformer_2/config.json") is not None
+        folders = ["transformer", "transformer_2"] if two else ["transformer"]
+        config_files = [self._config(f"{folder}/config.json") for folder in folders]
+        task = _diffusers_task(index, config_files[0])
+        self._require_task(task)
+        *dit_tensors, vae, text = self._all_tensors(
+            [
+                *(f"{folder}/{DIT_STEM}" for folder in folders),
+                f"vae/{DIT_STEM}",
+                "text_encoder/model",
+            ]
+        )
+        dits = [configs.diffusers_dit(config) for config in config_files]
+        vae_config = configs.diffusers_vae(self._config("vae/config.json"))
+        text_config = configs.diffusers_text_encoder(self._config("text_encoder/config.json"))
+        recorded = {
+            "model_index": index,
+            "scheduler_config": self.folder.json("scheduler/scheduler_config.json") or {},
+        }
+        return self._checkpoint(
+            self._identify(task, dits, vae_config, text_config),
+            [text, *dit_tensors, vae],
+            tokenizer=DIFFUSERS_TOKENIZER,
+            settings={name: values for name, values in recorded.items() if values},
+        )
+
+    def _checkpoint(
+        self,
+        identified: tuple[Variant, str | None],
+        tensors: list[StoredTensors],
+        tokenizer: str,
+        settings: dict[str, Any] | None = None,
+    ) -> Checkpoint:
+        variant, note = identified
+        parts = {
+            name: Part(name=name, config=config, tensors=stored, layout=self.layout)
+            for (name, config), stored in zip(part_configs(variant).items(), tensors, strict=True)
+        }
+        return Checkpoint(
+            variant=variant,
+            layout=self.layout,
+            parts=parts,
+            source=self.source,
+            settings=settings or {},
+            tokenizer=self.folder.file(tokenizer),
+            notes=(note,) if note else (),
+        )
+
+    def _identify(
+        self, task: str, dits: list[DiTConfig], vae: VAEConfig, text_encoder: TextEncoderConfig
+    ) -> tuple[Variant, str | None]:
+        return identify(task, dits, vae, text_encoder, requested=self.requested, source=self.source)
+
+    def _require_task(self, task: str) -> None:
+        if self.requested is not None and self.requested.task != task:
+            raise CheckpointError(
+                f"{self.source} is a {task} checkpoint, {self.requested.name} is "
+                f"{self.requested.task}. Leave --variant out to take it as it is."
+            )
+        _require_task(task, self.source)
+
+    def _config(self, name: str) -> Fields:
+        values = self.folder.json(name)
+        if values is None:
+            raise CheckpointError(f"{self.source} has no {name}. Download or copy it too.")
+        return Fields(self.folder.path / name, values)
+
+    def _all_tensors(self, stems: list[str]) -> list[StoredTensors]:
+        """The tensors of every stem; one error names all that are not there."""
+        found = {stem: self.folder.tensors(stem) for stem in stems}
+        if missing := [stem for stem, tensors in found.items() if tensors is None]:
+            raise CheckpointError(
+                f"{self.source} ({self.layout} layout) lacks weights. Looked for "
+                + ", ".join(f"{stem}.safetensors" for stem in missing)
+                + ", the same with .index.json and shards, and .pth. Download or copy them too."
+            )
+        return [tensors for tensors in found.values() if tensors is not None]
+
+
+def _official_task(config: Fields) -> str:
+    if config.values.get("_class_name") == "WanAnimateModel":
+        return "animate"
+    task = config.values.get("model_type")
+    if task not in {row.task for row in VARIANTS.values()}:
+        raise CheckpointError(
+            f"{config.path} says model_type is {task!r}. "
+            f"Expected one of {', '.join(sorted({row.task for row in VARIANTS.values()}))}."
+        )
+    return str(task)
+
+
+def _diffusers_task(index: dict[str, Any], transformer: Fields) -> str:
+    """From the pipeline's class where it is recorded, and from what the transformer takes."""
+    if index.get("expand_timesteps"):
+        return "ti2v"
+    if "pos_embed_seq_len" in transformer:
+        return "flf2v"
+    if "vace_layers" in transformer:
+        return "vace"
+    task = DIFFUSERS_TASKS.get(str(index.get("_class_name")))
+    if task is None:
+        wider = transformer.values.get("in_channels") != transformer.values.get("out_channels")
+        task = "i2v" if wider else "t2v"
+    return task
