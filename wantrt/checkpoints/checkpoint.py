@@ -6,7 +6,7 @@ streams: one tensor is in memory at a time, and a file's bytes stay in the page 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from wantrt.checkpoints.names import (
     vae_names,
 )
 from wantrt.checkpoints.tensors import StoredTensors
-from wantrt.checkpoints.writer import Plan, split_into_shards, write_safetensors
+from wantrt.checkpoints.writer import Plan, Progress, write_shards
 from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig, Variant
 from wantrt.errors import CheckpointError, SettingsError
 from wantrt.models.dit import DiT
@@ -34,7 +34,6 @@ from wantrt.models.umt5 import TextEncoder
 from wantrt.models.vae import VAE
 
 PartConfig = DiTConfig | VAEConfig | TextEncoderConfig
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 SHARD_BYTES = 4 << 30
 SAMPLE = 256  # values of a tensor's start, middle and end that go into the fingerprint
@@ -218,22 +217,14 @@ class Checkpoint:
             name: (parameter.dtype, tuple(parameter.shape))
             for name, parameter in source.module(dtype).named_parameters()
         }
-        shards = split_into_shards(plan, shard_bytes)
-        total = sum(shard.nbytes for shard in shards)
-        files, done = [], 0
-        for number, shard in enumerate(shards, start=1):
-            suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            file = path.with_name(f"{path.stem}{suffix}.safetensors")
-            before = done
-
-            def report(written: int, before: int = before) -> None:
-                if progress is not None:
-                    progress(before + written, total)
-
-            write_safetensors(file, shard, lambda name: source.stored(name, plan[name][1]), report)
-            done += shard.nbytes
-            files.append(file)
-        return files
+        shards = write_shards(
+            path,
+            plan,
+            lambda name: source.stored(name, plan[name][1]),
+            shard_bytes,
+            progress,
+        )
+        return list(shards)
 
     def _part(self, name: str) -> Part:
         if name not in self.parts:

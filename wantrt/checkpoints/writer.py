@@ -19,6 +19,7 @@ from wantrt.checkpoints.tensors import DTYPES
 from wantrt.errors import BuildError
 
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape in the file
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
 Pieces = Callable[[str], Sequence[Tensor]]  # name -> flat tensors that make it up, any dtype
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -73,6 +74,31 @@ def split_into_shards(plan: Plan, shard_bytes: int) -> list[Shard]:
         Shard(dict(sorted(group.items(), key=lambda item: -item[1][0].itemsize)))
         for group in groups
     ]
+
+
+def write_shards(
+    path: Path,
+    plan: Plan,
+    pieces: Pieces,
+    shard_bytes: int,
+    progress: Progress | None = None,
+) -> dict[Path, Shard]:
+    """Write tensors as one file, or as shards named ``<stem>-00001-of-00004.safetensors``."""
+    shards = split_into_shards(plan, shard_bytes)
+    total = sum(shard.nbytes for shard in shards)
+    files: dict[Path, Shard] = {}
+    for number, shard in enumerate(shards, start=1):
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        before = sum(earlier.nbytes for earlier in files.values())
+
+        def report(written: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + written, total)
+
+        file = path.with_name(f"{path.stem}{suffix}.safetensors")
+        write_safetensors(file, shard, pieces, report)
+        files[file] = shard
+    return files
 
 
 def write_safetensors(

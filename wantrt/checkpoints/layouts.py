@@ -1,0 +1,245 @@
+"""Writes a checkpoint as a folder in the official or the Diffusers layout.
+
+The inverse of reading: generated weights become the files that other programs (and our own readers,
+in tests and benchmarks) open, and trained ones (nano) a checkpoint that diffusers loads. Streams:
+one prepared tensor is in memory at a time, whatever the layout.
+"""
+
+import json
+import mmap
+import shutil
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wantrt.checkpoints.checkpoint import SHARD_BYTES, Checkpoint, Part
+from wantrt.checkpoints.names import Layout
+from wantrt.checkpoints.opening import (
+    DIFFUSERS_TOKENIZER,
+    DIT_STEM,
+    OFFICIAL_TOKENIZER,
+)
+from wantrt.checkpoints.writer import Plan, write_shards
+from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig, Variant
+
+OFFICIAL_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+
+
+def write_official(
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    pickled: bool = True,
+) -> None:
+    """Official layout; the VAE and UMT5 as ``.pth``, or as safetensors if not `pickled`."""
+    variant = checkpoint.variant
+    for expert in variant.experts:
+        place = folder / expert.folder
+        _write_json(place / "config.json", official_dit_config(variant.task, expert.dit))
+        part = checkpoint.parts[expert.name]
+        _write_part(part, "official", dtype, place / f"{DIT_STEM}.safetensors", shard_bytes)
+    for name, file in (("vae", variant.vae_file), ("text_encoder", OFFICIAL_TEXT_FILE)):
+        path, part = folder / file, checkpoint.parts[name]
+        if pickled:
+            write_pth(path, *unprepared(part, "official", dtype))
+        else:
+            _write_part(part, "official", dtype, path.with_suffix(".safetensors"), 1 << 62)
+    _copy_tokenizer(checkpoint, folder / OFFICIAL_TOKENIZER)
+
+
+def write_diffusers(
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Diffusers layout, as ``DiffusionPipeline.from_pretrained`` opens it."""
+    variant = checkpoint.variant
+    _write_json(folder / "model_index.json", model_index(variant))
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(variant))
+    configs = {
+        **{e.diffusers_folder: (e.name, diffusers_dit_config(e.dit)) for e in variant.experts},
+        "vae": ("vae", diffusers_vae_config(variant.vae)),
+        "text_encoder": ("text_encoder", diffusers_text_config(variant.text_encoder)),
+    }
+    for name, (part, config) in configs.items():
+        stem = "model" if name == "text_encoder" else DIT_STEM
+        path = folder / name / f"{stem}.safetensors"
+        _write_json(folder / name / "config.json", config)
+        _write_part(checkpoint.parts[part], "diffusers", dtype, path, shard_bytes)
+    _copy_tokenizer(checkpoint, folder / DIFFUSERS_TOKENIZER)
+
+
+def unprepared(
+    part: Part, layout: Layout, dtype: torch.dtype
+) -> tuple[Plan, Callable[[str], list[Tensor]]]:
+    """The tensors of a part under the names and shapes of a layout: their plan, and each, flat."""
+    places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}  # stored -> piece i of n of what
+    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, parameter in part.module(torch.float32).named_parameters():
+        shape = tuple(parameter.shape)
+        pieces = part.names.pieces(name, shape, layout)
+        for index, piece in enumerate(pieces):
+            plan[piece.name] = (dtype, piece.shape)
+            places[piece.name] = (name, shape, index, len(pieces))
+
+    @lru_cache(maxsize=1)  # q, k and v follow one another
+    def prepared(name: str, shape: tuple[int, ...]) -> Tensor:
+        pieces = part.stored(name, shape)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def read(stored: str) -> list[Tensor]:
+        name, shape, index, count = places[stored]
+        return [prepared(name, shape).chunk(count)[index]]
+
+    return plan, read
+
+
+def write_pth(path: Path, plan: Plan, read: Callable[[str], list[Tensor]]) -> None:
+    """A ``torch.save`` file of a dictionary of tensors: first its outline, then each in place."""
+    with FakeTensorMode() as fake:
+        outline = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in plan.items()}
+    with torch.serialization.skip_data(materialize_fake_tensors=True), fake:
+        torch.save(outline, path)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        tensors = torch.load(path, weights_only=True, mmap=True)
+    for name, tensor in tensors.items():
+        tensor.view(-1).copy_(read(name)[0])
+
+
+def _write_part(
+    part: Part, layout: Layout, dtype: torch.dtype, path: Path, shard_bytes: int
+) -> None:
+    plan, read = unprepared(part, layout, dtype)
+    shards = write_shards(path, plan, read, shard_bytes)
+    if len(shards) > 1:
+        weight_map = {name: file.name for file, shard in shards.items() for name in shard.plan}
+        total = sum(shard.nbytes for shard in shards.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(path.with_name(f"{path.name}.index.json"), index)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
+    if checkpoint.tokenizer is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.tokenizer, path)
+
+
+# -- config.json as each library writes it --------------------------------------------------------
+
+
+def official_dit_config(task: str, dit: DiTConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "WanModel",
+        "model_type": task,
+        "dim": dit.dim,
+        "eps": dit.eps,
+        "ffn_dim": dit.ffn_dim,
+        "freq_dim": dit.freq_dim,
+        "in_dim": dit.in_channels,
+        "num_heads": dit.num_heads,
+        "num_layers": dit.num_layers,
+        "out_dim": dit.out_channels,
+        "text_len": dit.text_len,
+    }
+
+
+def diffusers_dit_config(dit: DiTConfig) -> dict[str, Any]:
+    """`text_len` is ours: said only where it is not the 512 that everybody expects."""
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "added_kv_proj_dim": None,
+        "attention_head_dim": dit.head_dim,
+        "cross_attn_norm": True,
+        "eps": dit.eps,
+        "ffn_dim": dit.ffn_dim,
+        "freq_dim": dit.freq_dim,
+        "image_dim": dit.image_dim,
+        "in_channels": dit.in_channels,
+        "num_attention_heads": dit.num_heads,
+        "num_layers": dit.num_layers,
+        "out_channels": dit.out_channels,
+        "patch_size": list(dit.patch_size),
+        "pos_embed_seq_len": dit.image_positions,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": dit.text_dim,
+        **({} if dit.text_len == 512 else {"text_len": dit.text_len}),
+    }
+
+
+def diffusers_vae_config(vae: VAEConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "attn_scales": [],
+        "base_dim": vae.encoder_dim,
+        "decoder_base_dim": vae.decoder_dim,
+        "dim_mult": list(vae.dim_multipliers),
+        "dropout": 0.0,
+        "latents_mean": list(vae.latents_mean),
+        "latents_std": list(vae.latents_std),
+        "num_res_blocks": vae.num_res_blocks,
+        "temperal_downsample": list(vae.temporal_downsample),  # spelled as diffusers does
+        "z_dim": vae.z_dim,
+    }
+
+
+def diffusers_text_config(text_encoder: TextEncoderConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["UMT5EncoderModel"],
+        "d_ff": text_encoder.ffn_dim,
+        "d_kv": text_encoder.head_dim,
+        "d_model": text_encoder.dim,
+        "dense_act_fn": "gelu_new",
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "is_gated_act": True,
+        "layer_norm_epsilon": text_encoder.eps,
+        "model_type": "umt5",
+        "num_heads": text_encoder.num_heads,
+        "num_layers": text_encoder.num_layers,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": text_encoder.max_distance,
+        "relative_attention_num_buckets": text_encoder.num_buckets,
+        "tie_word_embeddings": False,
+        "vocab_size": text_encoder.vocab_size,
+    }
+
+
+def model_index(variant: Variant) -> dict[str, Any]:
+    two = len(variant.experts) > 1
+    return {
+        "_class_name": "WanPipeline",
+        "boundary_ratio": variant.boundary_ratio,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+
+
+def scheduler_config(variant: Variant) -> dict[str, Any]:
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "flow_shift": variant.flow_shift,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "use_flow_sigmas": True,
+    }
