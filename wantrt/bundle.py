@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 from wantrt.config import Variant
 from wantrt.errors import BundleError
-from wantrt.folder import Progress, remembered_sha256, sha256_of
-from wantrt.manifest import ComponentRecord, FileRecord, Manifest, read_manifest
+from wantrt.folder import Progress, remembered_sha256, sha256_of, silent
+from wantrt.manifest import FileRecord, Manifest, read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from wantrt.models.components import Component
 
 MANIFEST = "manifest.json"
 BUILD_LOG = "build-log.json"
@@ -78,13 +80,19 @@ class Bundle:
 
     def graph(self, component: str, part: str) -> Path:
         """The ONNX file that `component` of `part` runs."""
-        graph = self._component(component, part).graph
-        if graph is None:
-            raise BundleError(
-                f"{self.path} has no graph of {component}: it was built for the torch runtime.\n"
-                "Build again with --runtime onnxruntime, or run with --runtime torch."
-            )
-        return self.path / graph
+        for record in self.manifest.components:
+            if record.name == component and part in record.parts:
+                return self.path / record.graph
+        raise BundleError(f"{self.path} has no component {component} of {part}. Build again.")
+
+    def components(self, part: str) -> "list[Component]":
+        """The components of a part, cut as they were for this bundle."""
+        from wantrt.models.components import part_components
+        from wantrt.session import PRECISIONS
+
+        stack = self.stack["text_stack" if part == "text_encoder" else "dit_stack"]
+        dtype = PRECISIONS[self.precision[part]]
+        return part_components(self.variant, part, dtype, stack)
 
     def weights(self, part: str) -> "dict[str, Tensor]":
         """Prepared tensors by name, memory-mapped: pages are read when a tensor is used."""
@@ -104,7 +112,7 @@ class Bundle:
                 raise _altered(self.path / name, str(error)) from error
         return tensors
 
-    def check_hashes(self, progress: Progress | None = None) -> None:
+    def check_hashes(self, progress: Progress = silent) -> None:
         """Hash every file, weights too. Raises BundleError that names all that were altered."""
         altered = [
             name
@@ -114,17 +122,11 @@ class Bundle:
         if altered:
             raise _altered(self.path, f"sha256 differs: {', '.join(altered)}")
 
-    def _component(self, name: str, part: str) -> ComponentRecord:
-        for component in self.manifest.components:
-            if component.name == name and part in component.parts:
-                return component
-        raise BundleError(f"{self.path} has no component {name} of {part}. Build again.")
-
     def _check_references(self) -> None:
         """What the manifest speaks of is in its list of files and inside the folder."""
         manifest = self.manifest
         needed = {f for part in manifest.parts.values() for f in part.weights}
-        needed |= {component.graph for component in manifest.components if component.graph}
+        needed |= {component.graph for component in manifest.components}
         needed |= {manifest.tokenizer} if manifest.tokenizer else set()
         if unlisted := sorted(needed - set(manifest.files)):
             raise BundleError(f"{self.path / MANIFEST} does not list {', '.join(unlisted)}.")
@@ -170,7 +172,7 @@ def check_file(path: Path, record: FileRecord) -> None:
         raise _altered(path, "the header differs")
 
 
-def describe_file(path: Path, progress: Progress | None = None) -> FileRecord:
+def describe_file(path: Path, progress: Progress = silent) -> FileRecord:
     """The record of a file as it is now; reads all of it."""
     header = hash_header(path) if path.suffix == ".safetensors" else None
     sha256 = remembered_sha256(path, progress)

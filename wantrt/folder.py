@@ -20,6 +20,10 @@ RACY_NS = 2 * 10**9  # a file as young as this may change again without changing
 HASHES_KEPT = 4096
 
 
+def silent(what: str, done: int, total: int) -> None:
+    """The progress of nobody listening."""
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a small file: after a crash it is there whole, or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +46,7 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "wantrt"
 
 
-def sha256_of(path: Path, progress: Progress | None = None) -> str:
+def sha256_of(path: Path, progress: Progress = silent) -> str:
     """Read all of a file and hash it; `progress` hears of the bytes read."""
     digest = hashlib.sha256()
     size, done = path.stat().st_size, 0
@@ -50,12 +54,11 @@ def sha256_of(path: Path, progress: Progress | None = None) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             done += len(chunk)
-            if progress is not None:
-                progress(f"hash {path.name}", done, size)
+            progress(f"hash {path.name}", done, size)
     return digest.hexdigest()
 
 
-def remembered_sha256(path: Path, progress: Progress | None = None) -> str:
+def remembered_sha256(path: Path, progress: Progress = silent) -> str:
     """`sha256_of`, remembered by (inode, size, mtime) in the user's cache folder."""
     status = path.stat()
     key = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"

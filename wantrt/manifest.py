@@ -45,8 +45,8 @@ class ComponentRecord:
     parts: tuple[str, ...]
     inputs: dict[str, TensorRecord]
     outputs: dict[str, TensorRecord]
+    graph: str
     stack: int | None = None
-    graph: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig
+from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig, Variant
 from wantrt.errors import SettingsError
 from wantrt.models.dit import DiT
 from wantrt.models.ops import TORCH_OPS, Ops
@@ -47,6 +47,22 @@ class Component:
             name: TensorSpec(tensor.dtype, tuple(tensor.shape))
             for name, tensor in self.module.named_parameters()
         }
+
+
+def part_components(
+    variant: Variant,
+    part: str,
+    dtype: torch.dtype,
+    stack: int | None = None,
+    ops: Ops = TORCH_OPS,
+) -> list[Component]:
+    """All components of a part: "text_encoder", the name of an expert, or "vae"."""
+    if part == "text_encoder":
+        return text_components(variant.text_encoder, dtype, stack, ops)
+    if part == "vae":
+        return vae_components(variant.vae, dtype, ops=ops)
+    (dit,) = (expert.dit for expert in variant.experts if expert.name == part)
+    return dit_components(dit, dtype, stack, ops=ops)
 
 
 def text_components(
@@ -103,9 +119,11 @@ def dit_components(
     latent = TensorSpec(FLOAT, ("B", config.in_channels, "F", "2*h", "2*w"))
     velocity = TensorSpec(FLOAT, ("B", config.out_channels, "F", "2*h", "2*w"))
     hidden = TensorSpec(FLOAT, ("B", "L", config.dim))
+    patches = TensorSpec(FLOAT, ("B", "F*h*w", config.dim))
     context = TensorSpec(dtype, ("B", config.text_len, config.dim))
     table = TensorSpec(FLOAT, ("L", config.head_dim // 2))
     token_row = {"token_row": TensorSpec(torch.int64, ("L",))} if rows > 1 else {}
+    patch_row = {"token_row": TensorSpec(torch.int64, ("F*h*w",))} if rows > 1 else {}
     return [
         _component(
             "dit_condition",
@@ -122,7 +140,7 @@ def dit_components(
                 "e6": TensorSpec(FLOAT, ("T", 6, config.dim)),
             },
         ),
-        _component("dit_patch", _DiTPatch(dit), {"latent": latent}, {"hidden": hidden}),
+        _component("dit_patch", _DiTPatch(dit), {"latent": latent}, {"hidden": patches}),
         _component(
             "dit_stack",
             _DiTStack(dit, stack),
@@ -141,10 +159,10 @@ def dit_components(
             "dit_head",
             _DiTHead(dit),
             {
-                "hidden": hidden,
+                "hidden": patches,
                 "e": TensorSpec(FLOAT, ("B", rows, config.dim)),
                 "latent": latent,
-                **token_row,
+                **patch_row,
             },
             {"velocity": velocity},
         ),

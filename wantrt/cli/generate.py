@@ -1,0 +1,6 @@
+from wantrt.cli.command import command
+
+
+@command()
+def generate(console):
+    pass

@@ -1,0 +1,144 @@
+"""The pieces of a build: what can be built, kept or found damaged by itself.
+
+A piece has a key that holds all that decides its content. `build-log.json` remembers the files made
+under a key; it is the memory of the build and no part of the bundle: without it, pieces are made
+again, with the same bytes.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from wantrt import __version__
+from wantrt.bundle import BUILD_LOG, FOLDERS, describe_file
+from wantrt.errors import BuildError
+from wantrt.folder import Progress, remembered_sha256, write_json
+from wantrt.manifest import FileRecord
+from wantrt.records import from_plain, to_plain
+
+TOOLS = ("torch", "onnx")
+SPARE_BYTES = 2**26  # left free on the disk beside what the build needs
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something that is built by itself. `make` writes it below a folder and returns its files."""
+
+    name: str
+    key: str
+    size: int  # in bytes, about
+    make: Callable[[Path, Progress], list[Path]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A piece as it was made; `mtimes` in ns tell whether a file has been touched since."""
+
+    key: str
+    seconds: float
+    files: dict[str, FileRecord]
+    mtimes: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildLog:
+    """What this machine did. `checkpoint` is as it was asked for, None if it was not."""
+
+    checkpoint: str | None
+    fingerprint: str
+    pieces: dict[str, Built]
+
+
+def make_key(*ingredients: object) -> str:
+    """Anything in it that changes gives another key; so do our version and that of the tools."""
+    return hashlib.sha256(repr((tool_versions(), ingredients)).encode()).hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    return {"wantrt": __version__, **{tool: version(tool) for tool in TOOLS}}
+
+
+def read_log(root: Path) -> BuildLog | None:
+    """None if there is none that can be read."""
+    try:
+        return from_plain(BuildLog, json.loads((root / BUILD_LOG).read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def write_log(root: Path, log: BuildLog) -> None:
+    write_json(root / BUILD_LOG, to_plain(log))
+
+
+def is_there(root: Path, piece: Piece, log: BuildLog | None) -> bool:
+    """Whether the piece was made, and its files have since neither changed nor gone."""
+    built = log.pieces.get(piece.name) if log else None
+    return (
+        built is not None
+        and built.key == piece.key
+        and all(_is_intact(root / name, name, built) for name in built.files)
+    )
+
+
+def is_sound(root: Path, built: Built, progress: Progress) -> bool:
+    """The same by its bytes."""
+    return all(
+        remembered_sha256(root / name, progress) == record.sha256
+        for name, record in built.files.items()
+    )
+
+
+def _is_intact(path: Path, name: str, built: Built) -> bool:
+    """As it was by size and mtime, else (the bundle was copied) by its bytes."""
+    record = built.files[name]
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != record.size:
+        return False
+    return path.stat().st_mtime_ns == built.mtimes[name] or (
+        remembered_sha256(path) == record.sha256
+    )
+
+
+def make(root: Path, piece: Piece, progress: Progress) -> Built:
+    start = time.perf_counter()
+    paths = piece.make(root, progress)
+    names = [path.relative_to(root).as_posix() for path in paths]
+    return Built(
+        key=piece.key,
+        seconds=round(time.perf_counter() - start, 3),
+        files={name: describe_file(root / name, progress) for name in names},
+        mtimes={name: (root / name).stat().st_mtime_ns for name in names},
+    )
+
+
+def forget(root: Path, built: Built | None) -> None:
+    """Delete what is left of a piece, so that nothing of it is taken for good."""
+    for name in built.files if built else ():
+        (root / name).unlink(missing_ok=True)
+
+
+def remove_strangers(root: Path, pieces: Mapping[str, Built]) -> None:
+    """Delete what an interrupted or an earlier build left in the bundle's own folders."""
+    ours = {name for built in pieces.values() for name in built.files}
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*"), reverse=True):  # contents before folders
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(root).as_posix() not in ours:
+                path.unlink()
+
+
+def check_space(root: Path, missing: list[Piece]) -> None:
+    """Raises BuildError, with the numbers, if the disk is too small for what is to be made."""
+    needed = sum(piece.size for piece in missing) + SPARE_BYTES
+    free = shutil.disk_usage(root).free
+    if missing and needed > free:
+        raise BuildError(
+            f"the build needs {needed / 2**30:.1f} GiB in {root}, and {free / 2**30:.1f} GiB are "
+            "free there. Make room, or name another --out."
+        )
