@@ -5,9 +5,10 @@ A `Device` is all that knows CUDA: the same code runs on a CPU and on a GPU. Ten
 tensors everywhere.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -24,11 +25,30 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class TensorSpec:
     """Dtype and shape of a named tensor.
 
-    A dimension is a number, the name of a symbol ("L") or a multiple of one ("8*h").
+    A dimension is a number, a symbol ("L"), a multiple of one ("8*h"), or a product ("F*h*w").
     """
 
     dtype: torch.dtype
     shape: tuple[int | str, ...]
+
+    def concrete(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape for given symbols: (1, 96, "8*h", "8*w") at h=2, w=3 is (1, 96, 16, 24)."""
+        return tuple(
+            size
+            if isinstance(size, int)
+            else prod(int(f) if f.isdigit() else symbols[f] for f in size.split("*"))
+            for size in self.shape
+        )
+
+    def symbols(self, shape: Sequence[int]) -> dict[str, int]:
+        """What the symbols are where the shape is `shape`; a product of symbols tells none."""
+        known = {}
+        for declared, size in zip(self.shape, shape, strict=True):
+            if isinstance(declared, str):
+                factor, _, symbol = declared.rpartition("*")
+                if factor == "" or factor.isdigit():
+                    known[symbol] = size // int(factor or 1)
+        return known
 
 
 class Session(Protocol):
