@@ -29,7 +29,9 @@ def test_experts_keep_their_own_guidance_unless_it_is_given():
 
 
 def test_diffusers_convention_takes_the_recorded_scheduler():
-    recorded = {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}}
+    recorded = {
+        "scheduler_config": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}
+    }
     settings = resolve(A14B, recorded, prompt="x", convention="diffusers")
     assert (settings.solver, settings.flow_shift) == ("euler", 7.0)
     assert (settings.num_inference_steps, settings.guidance_scales) == (50, (5.0, 5.0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wantrt.config import VAEConfig
-from wantrt.session import Device, Session, TensorSpec
+from wantrt.session import Device, Session
 
 
 class Decoder:
@@ -39,18 +39,7 @@ class Decoder:
 
     def _bank(self, cells: Mapping[str, int]) -> list[Tensor]:
         specs = [spec for name, spec in self.next.inputs.items() if name.startswith("cache_")]
-        return [self.device.empty(concrete_shape(spec, cells), spec.dtype) for spec in specs]
-
-
-def concrete_shape(spec: TensorSpec, symbols: Mapping[str, int]) -> tuple[int, ...]:
-    """The spec's shape with its symbols replaced: (1, 96, 2, "8*h", "8*w") at h=60, w=104."""
-    shape = []
-    for dim in spec.shape:
-        if isinstance(dim, str):
-            factor, _, symbol = dim.rpartition("*")
-            dim = int(factor or 1) * symbols[symbol]
-        shape.append(dim)
-    return tuple(shape)
+        return [self.device.empty(spec.concrete(cells), spec.dtype) for spec in specs]
 
 
 def to_frames(pixels: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from wantrt.bundle import Bundle
 from wantrt.config import Variant
 from wantrt.errors import CancelledError, ExecutionError, SettingsError
 from wantrt.media import Video
-from wantrt.models.components import Component, dit_components, text_components, vae_components
 from wantrt.runtime.decoder import Decoder, to_frames
 from wantrt.runtime.denoiser import Denoiser, Stage, Transformer
 from wantrt.runtime.loading import Runtime, choose_runtime
@@ -37,7 +36,7 @@ from wantrt.runtime.settings import Settings, resolve
 from wantrt.runtime.text import TextEncoder
 from wantrt.schedulers.grids import Grid, count_high_noise_steps, make_grid
 from wantrt.schedulers.noise import draw_noise
-from wantrt.session import PRECISIONS, Device, Session
+from wantrt.session import Device, Session
 from wantrt.tasks import require_task
 
 log = logging.getLogger("wantrt")
@@ -95,47 +94,30 @@ class Pipeline:
             loaded = default_bundle()
         else:
             loaded = Bundle.load(Path(bundle))
-        variant, precision = loaded.variant, loaded.precision
+        variant = loaded.variant
         require_task(variant)
-        chosen = choose_runtime(runtime, set(precision.values()))
+        chosen = choose_runtime(runtime, loaded.precision.values())
         device = chosen.make_device()
 
-        def sessions(part: str, components: Sequence[Component]) -> dict[str, Sequence[Session]]:
+        def sessions(part: str, prefix: str = "") -> dict[str, Sequence[Session]]:
             weights = {
                 name: tensor.to(device.torch_device)
                 for name, tensor in loaded.weights(part).items()
             }
             return {
                 c.name: chosen.load(c, loaded.graph(c.name, part), weights, device)
-                for c in components
+                for c in loaded.components(part)
+                if c.name.startswith(prefix)
             }
 
-        def dtype(part: str) -> torch.dtype:
-            return PRECISIONS[precision[part]]
-
-        text = text_components(
-            variant.text_encoder, dtype("text_encoder"), loaded.stack["text_stack"]
-        )
         text_encoder = TextEncoder(
             variant.text_encoder,
             Tokenizer(loaded.tokenizer, variant.experts[0].dit.text_len),
-            sessions("text_encoder", text),
+            sessions("text_encoder"),
             device,
         )
-        transformers = [
-            Transformer(
-                expert.dit,
-                sessions(
-                    expert.name,
-                    dit_components(expert.dit, dtype(expert.name), loaded.stack["dit_stack"]),
-                ),
-            )
-            for expert in variant.experts
-        ]
-        decoding = [
-            c for c in vae_components(variant.vae, dtype("vae")) if c.name.startswith("vae_decoder")
-        ]
-        decoder = Decoder(variant.vae, sessions("vae", decoding), device)
+        transformers = [Transformer(e.dit, sessions(e.name)) for e in variant.experts]
+        decoder = Decoder(variant.vae, sessions("vae", "vae_decoder"), device)
         return cls(loaded, chosen, device, text_encoder, transformers, decoder)
 
     @property

@@ -77,7 +77,8 @@ def resolve(
 ) -> Settings:
     """Complete and check the settings of one generation.
 
-    `recorded` is the bundle's ``settings``. Raises SettingsError, with the nearest valid values.
+    `recorded` is the bundle's ``settings``, which may hold a ``scheduler_config``. Raises
+    SettingsError with the nearest valid values.
     """
     check_name("convention", convention, CONVENTIONS)
     check_name("noise device", noise, ("cpu", "cuda"))
@@ -95,7 +96,7 @@ def resolve(
     steps, shift, kind = variant.num_inference_steps, variant.flow_shift_for(size), variant.solver
     negative = variant.negative_prompt
     if convention == "diffusers":
-        scheduler = recorded.get("scheduler", {})
+        scheduler = recorded.get("scheduler_config", {})
         scales = [DIFFUSERS_GUIDANCE_SCALE if guidance_scale is None else guidance_scale] * 2
         steps, negative = DIFFUSERS_STEPS, ""
         shift = scheduler.get("flow_shift", scheduler.get("shift", shift))
