@@ -8,6 +8,7 @@ it shares a call with, so an embedding is the same bits whenever and with whomev
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,17 @@ from torch import Tensor
 
 from wantrt.config import TextEncoderConfig
 from wantrt.models.umt5 import position_buckets
-from wantrt.runtime.prompt import Tokenizer
 from wantrt.session import Device, Session
 
 CACHED_PROMPTS = 64
+
+
+class Tokenize(Protocol):
+    """Token ids of a prompt, int64 [1, S], 1 <= S <= max_tokens."""
+
+    max_tokens: int
+
+    def __call__(self, prompt: str) -> Tensor: ...
 
 
 class TextEncoder:
@@ -27,7 +35,7 @@ class TextEncoder:
     def __init__(
         self,
         config: TextEncoderConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenize,
         sessions: Mapping[str, Sequence[Session]],
         device: Device,
     ) -> None:
