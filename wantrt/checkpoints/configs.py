@@ -138,6 +138,8 @@ def diffusers_dit(config: Fields) -> DiTConfig:
 
 
 def _whole_heads(dit: DiTConfig, config: Fields) -> DiTConfig:
+    if len(dit.patch_size) != 3 or min(dit.patch_size) < 1:
+        raise CheckpointError(f"{config.path}: patch_size is {dit.patch_size}. Expected (1, 2, 2).")
     if dit.dim % dit.num_heads or dit.head_dim % 2:
         raise CheckpointError(
             f"{config.path}: {dit.dim} channels do not make {dit.num_heads} heads of an even width."
@@ -206,6 +208,11 @@ def diffusers_vae(config: Fields) -> VAEConfig:
         num_res_blocks=config.integer("num_res_blocks", VAE_2_1.num_res_blocks, at_most=MAX_LAYERS),
         temporal_downsample=config.sequence("temperal_downsample", bool, (False, True, True)),
     )
+    if len(vae.temporal_downsample) != len(vae.dim_multipliers) - 1:
+        raise CheckpointError(
+            f"{config.path}: temperal_downsample has {len(vae.temporal_downsample)} values. "
+            f"Expected one fewer than dim_mult, which has {len(vae.dim_multipliers)}."
+        )
     if not vae.latents_mean and not vae.latents_std:
         return with_statistics(vae)
     if len(vae.latents_mean) != vae.z_dim or len(vae.latents_std) != vae.z_dim:

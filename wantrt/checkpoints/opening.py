@@ -53,6 +53,8 @@ def open_checkpoint(source: str | Path | None = None, variant: str | None = None
     asked wrongly, UnsupportedTaskError for a task that is not there yet.
     """
     requested = None if variant is None else find_variant(variant)
+    if requested is not None:
+        _require_task(requested.task, requested.name)
     text = str(source) if source is not None else _default_source(requested)
     if text.startswith("random:"):
         checkpoint = _generated(text, requested or VARIANTS["nano"])
@@ -73,6 +75,11 @@ def open_checkpoint(source: str | Path | None = None, variant: str | None = None
 
 def _default_source(requested: Variant | None) -> str:
     if requested is None or requested.name == "nano":
+        if not NANO.is_dir():
+            raise CheckpointError(
+                f"the nano checkpoint is missing from this installation: {NANO}. Install wantrt "
+                "again, or name a checkpoint with --checkpoint."
+            )
         return str(NANO)
     if requested.repo_id is None:
         raise SettingsError(f"{requested.name} has no repository. Name one with --checkpoint.")
@@ -82,7 +89,7 @@ def _default_source(requested: Variant | None) -> str:
 def _require_task(task: str, where: str) -> None:
     if task not in TASKS:
         raise UnsupportedTaskError(
-            f"{where} is a {task} checkpoint; this version runs {', '.join(TASKS)} only."
+            f"{where} is a {task} checkpoint: that task is not there yet; today: {', '.join(TASKS)}"
         )
 
 
@@ -96,7 +103,6 @@ def _generated(source: str, row: Variant) -> Checkpoint:
             f"{source!r} is no generated checkpoint. Expected random:SEED or "
             "random:SEED:field=value,…, such as random:0:dim=256,num_heads=4,num_layers=2."
         )
-    _require_task(row.task, row.name)
     variant = _resized(row, match[2] or "")
     parts = {
         name: Part(
@@ -211,8 +217,11 @@ class _Opening:
             "model_index": index,
             "scheduler_config": self.folder.json("scheduler/scheduler_config.json") or {},
         }
+        variant, note = self._identify(task, dits, vae_config, text_config)
+        if variant.name == "custom" and isinstance(ratio := index.get("boundary_ratio"), float):
+            variant = replace(variant, boundary_ratio=ratio)
         return self._checkpoint(
-            self._identify(task, dits, vae_config, text_config),
+            (variant, note),
             [text, *dit_tensors, vae],
             tokenizer=DIFFUSERS_TOKENIZER,
             settings={name: values for name, values in recorded.items() if values},

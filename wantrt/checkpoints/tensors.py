@@ -142,10 +142,10 @@ class PickledTensors:
             raise CheckpointError(
                 f"{path} holds objects that are not tensors. Expected a plain dictionary of "
                 "tensors; unpickling anything else can run code and is refused. "
-                f"({str(error).splitlines()[0]})"
+                f"({error!r:.200})"
             ) from error
         except Exception as error:  # torch raises whatever its parser stumbles over
-            raise _damaged(path, f"torch cannot read it ({str(error).splitlines()[0]})") from error
+            raise _damaged(path, f"torch cannot read it ({error!r:.200})") from error
         self._tensors = _only_tensors(path, loaded)
         self.specs = {name: Stored(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
 

@@ -1,0 +1,85 @@
+"""The name maps, at full size, against the published counts and against diffusers' own modules."""
+
+from math import prod
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
+
+from wantrt.checkpoints.checkpoint import Part, part_configs
+from wantrt.checkpoints.generate import GeneratedTensors
+from wantrt.checkpoints.layouts import (
+    diffusers_dit_config,
+    diffusers_text_config,
+    diffusers_vae_config,
+    unprepared,
+)
+from wantrt.config import VARIANTS
+
+T2V = [variant for variant in VARIANTS.values() if variant.task == "t2v"]
+PUBLISHED = {  # variant -> part -> (stored tensors, parameters)
+    "t2v-1.3b": {"transformer": (825, 1_418_996_800)},
+    "t2v-14b": {"transformer": (1095, 14_288_491_584)},
+    "t2v-a14b": {"high_noise": (1095, 14_288_491_584), "low_noise": (1095, 14_288_491_584)},
+}
+ENCODERS = {"text_encoder": (242, 5_680_910_336), "vae": (194, 126_892_531)}
+
+
+def stored_shapes(variant, part, layout):
+    config = part_configs(variant)[part]
+    generated = Part(part, config, GeneratedTensors(0, part, meta(config)), "prepared")
+    plan, _ = unprepared(generated, layout, torch.float32)
+    return {name: shape for name, (_, shape) in plan.items()}
+
+
+def meta(config):
+    return Part("", config, None, "prepared").module(torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_the_published_ones(name, layout):
+    for part, (tensors, parameters) in (PUBLISHED[name] | ENCODERS).items():
+        shapes = stored_shapes(VARIANTS[name], part, layout)
+        assert len(shapes) == tensors
+        assert sum(prod(shape) for shape in shapes.values()) == parameters
+
+
+@pytest.mark.parametrize("variant", T2V, ids=lambda variant: variant.name)
+def test_diffusers_names_and_shapes_are_those_of_its_modules(variant):
+    dit = diffusers_dit_config(variant.experts[0].dit)
+    with torch.device("meta"):
+        theirs = {
+            variant.experts[0].name: WanTransformer3DModel.from_config(dit),
+            "vae": AutoencoderKLWan.from_config(diffusers_vae_config(variant.vae)),
+            "text_encoder": UMT5EncoderModel(
+                UMT5Config(**diffusers_text_config(variant.text_encoder))
+            ),
+        }
+    for part, module in theirs.items():
+        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        expected.pop("encoder.embed_tokens.weight", None)  # tied to shared.weight
+        assert stored_shapes(variant, part, "diffusers") == expected
+
+
+@pytest.mark.parametrize(
+    "part, name, shape",
+    [
+        ("transformer", "patch_embedding.weight", (1536, 16, 1, 2, 2)),
+        ("transformer", "blocks.29.modulation", (1, 6, 1536)),
+        ("transformer", "blocks.0.cross_attn.k.bias", (1536,)),
+        ("transformer", "head.head.weight", (64, 1536)),
+        ("vae", "decoder.upsamples.4.residual.2.weight", (384, 192, 3, 3, 3)),
+        ("vae", "decoder.upsamples.3.time_conv.weight", (768, 384, 3, 1, 1)),
+        ("vae", "decoder.upsamples.11.resample.1.weight", (96, 192, 3, 3)),
+        ("vae", "encoder.downsamples.0.residual.0.gamma", (96, 1, 1, 1)),
+        ("vae", "encoder.middle.1.norm.gamma", (384, 1, 1)),
+        ("vae", "encoder.middle.1.to_qkv.weight", (1152, 384, 1, 1)),
+        ("text_encoder", "blocks.23.pos_embedding.embedding.weight", (32, 64)),
+        ("text_encoder", "blocks.0.attn.v.weight", (4096, 4096)),
+        ("text_encoder", "blocks.0.ffn.gate.0.weight", (10240, 4096)),
+    ],
+)
+def test_official_names_and_shapes(part, name, shape):
+    assert stored_shapes(VARIANTS["t2v-1.3b"], part, "official")[name] == shape
