@@ -19,7 +19,7 @@ from wantrt.errors import SettingsError
 from wantrt.models.dit import DiT
 from wantrt.models.ops import TORCH_OPS, Ops
 from wantrt.models.umt5 import TextEncoder
-from wantrt.models.vae import VAE
+from wantrt.models.vae import VAE, CausalConv3d, Decoder, Downsample, Encoder, Upsample
 from wantrt.session import TensorSpec
 
 FLOAT = torch.float32
@@ -181,8 +181,8 @@ def vae_components(
     as ``cache_0`` … and leave ``new_cache_0`` …
     """
     with torch.device("meta"):
-        decoder = VAE(config, dtype, ops)
-        encoder = VAE(config, encoder_dtype or dtype, ops)
+        decoder = VAE(config, dtype, ops).decoder
+        encoder = VAE(config, encoder_dtype or dtype, ops).encoder
     cell, frames = config.spatial_stride, config.temporal_stride
 
     latent = TensorSpec(FLOAT, (1, config.z_dim, 1, "h", "w"))
@@ -190,23 +190,10 @@ def vae_components(
     def pixels(num_frames: int) -> TensorSpec:
         return TensorSpec(FLOAT, (1, 3, num_frames, multiple_of("h", cell), multiple_of("w", cell)))
 
-    def caches(prefix: str, traced: Sequence[Tensor]) -> dict[str, TensorSpec]:
-        """Specs from the caches of a trace at a latent of 2x2 cells."""
-        return {
-            f"{prefix}_{slot}": TensorSpec(
-                cache.dtype,
-                (
-                    *cache.shape[:3],
-                    multiple_of("h", cache.shape[3] // 2),
-                    multiple_of("w", cache.shape[4] // 2),
-                ),
-            )
-            for slot, cache in enumerate(traced)
-        }
+    def caches(prefix: str, specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
+        return {f"{prefix}_{slot}": spec for slot, spec in enumerate(specs)}
 
-    with torch.device("meta"), torch.no_grad():
-        _, decoder_caches = decoder.decode(torch.empty(1, config.z_dim, 1, 2, 2))
-        _, encoder_caches = encoder.encode(torch.empty(1, 3, 1, 2 * cell, 2 * cell))
+    decoder_caches, encoder_caches = _decoder_caches(decoder), _encoder_caches(encoder, cell)
     return [
         _component(
             "vae_decoder_first",
@@ -233,6 +220,40 @@ def vae_components(
             {"latent": latent, **caches("new_cache", encoder_caches)},
         ),
     ]
+
+
+def _decoder_caches(decoder: Decoder) -> list[TensorSpec]:
+    """What a chunk leaves: the last two input frames of every causal convolution, in order.
+
+    Read off the modules: running them on the meta device costs seconds of torch's imports.
+    """
+    specs: list[TensorSpec] = []
+    factor = 1  # height in latent cells
+    for layer in (decoder.conv_in, *decoder.middle, *decoder.up, decoder.conv_out):
+        specs += [_cache(conv, 2, factor) for conv in _causal_convs(layer)]
+        factor *= 2 if isinstance(layer, Upsample) else 1
+    return specs
+
+
+def _encoder_caches(encoder: Encoder, cell: int) -> list[TensorSpec]:
+    """The same for the encoder; halving time needs one frame."""
+    specs: list[TensorSpec] = []
+    factor = cell
+    for layer in (encoder.conv_in, *encoder.down, *encoder.middle, encoder.conv_out):
+        specs += [_cache(conv, 2, factor) for conv in _causal_convs(layer)]
+        if isinstance(layer, Downsample):
+            factor //= 2
+            specs += [_cache(layer.time_conv, 1, factor)] if layer.time_conv else []
+    return specs
+
+
+def _causal_convs(layer: nn.Module) -> list[CausalConv3d]:
+    return [module for module in layer.modules() if isinstance(module, CausalConv3d)]
+
+
+def _cache(conv: nn.Conv3d, num_frames: int, factor: int) -> TensorSpec:
+    height, width = multiple_of("h", factor), multiple_of("w", factor)
+    return TensorSpec(conv.weight.dtype, (1, conv.in_channels, num_frames, height, width))
 
 
 def stack_size(num_layers: int, requested: int | None, at_most: int) -> int:
@@ -365,9 +386,9 @@ class _DiTHead(nn.Module):
 
 
 class _VAEDecoder(nn.Module):
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.decoder = vae.decoder
+        self.decoder = decoder
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         pixels, new = self.decoder(latent, caches or None)
@@ -375,9 +396,9 @@ class _VAEDecoder(nn.Module):
 
 
 class _VAEEncoder(nn.Module):
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.encoder = vae.encoder
+        self.encoder = encoder
 
     def forward(self, pixels: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         latent, new = self.encoder(pixels, caches or None)
