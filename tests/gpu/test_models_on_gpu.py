@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from wantrt.checkpoints.generate import GeneratedTensors
 from wantrt.config import DIT_1_3B, DIT_14B, VAE_2_1, DiTConfig, TextEncoderConfig
 from wantrt.models.dit import DiT, rope_tables, timestep_sinusoid
 from wantrt.models.umt5 import TextEncoder
@@ -31,16 +32,9 @@ def exact_float32():
 
 
 def randomise(module: nn.Module) -> None:
-    """Weights under which activations stay of ordinary size; no parameter is left at zero."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1:
-            noise /= parameter[0].numel() ** 0.5
-        else:
-            noise = 0.1 * noise + ("norm" in name and name.endswith("weight"))
-        parameter.data.copy_(noise)
-    module.requires_grad_(False)
+    generated = GeneratedTensors(0, "test", module)
+    for name, parameter in module.requires_grad_(False).named_parameters():
+        parameter.copy_(generated.read(name))
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
