@@ -83,7 +83,7 @@ def test_public_names_are_lazy_and_real():
 
 
 ABSENT_ON_THE_GPU_MACHINE = (
-    *("diffusers", "transformers", "tokenizers", "ftfy", "huggingface_hub", "onnx", "onnxscript"),
+    *("diffusers", "transformers", "tokenizers", "ftfy", "huggingface_hub", "onnx"),
     *("onnxruntime", "av", "PIL", "click", "rich", "hypothesis", "xdist", "tensorrt_rtx"),
 )
 
