@@ -209,11 +209,13 @@ DIT_5B = DiTConfig(
 
 # -- nano: the checkpoint that ships with wantrt (wantrt/nano) -------------------------------------
 
-DIT_NANO = DiTConfig(dim=192, ffn_dim=576, num_heads=4, num_layers=5, text_dim=96, text_len=64)
+DIT_NANO = DiTConfig(dim=128, ffn_dim=448, num_heads=4, num_layers=6, text_dim=96, text_len=32)
 TEXT_ENCODER_NANO = TextEncoderConfig(
-    vocab_size=64, dim=96, attention_dim=96, ffn_dim=256, num_heads=4, num_layers=2
+    vocab_size=80, dim=96, attention_dim=96, ffn_dim=256, num_heads=4, num_layers=2
 )
-VAE_NANO = replace(VAE_2_1, encoder_dim=16, decoder_dim=16, num_res_blocks=1)
+VAE_NANO = replace(
+    VAE_2_1, encoder_dim=8, decoder_dim=8, dim_multipliers=(1, 2, 4, 8), num_res_blocks=1
+)
 
 # -- Prompts that ship with the checkpoints -------------------------------------------------------
 

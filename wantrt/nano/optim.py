@@ -43,18 +43,18 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Optimiser:
-    """Muon and Adam together, with a warm-up and a linear decay to zero over the last part."""
+    """Muon and Adam together, with a warm-up, and a linear decay to zero over the second half."""
 
-    def __init__(self, model: nn.Module, lr: float, num_steps: int, decay: float) -> None:
+    def __init__(self, model: nn.Module, lr: float, num_steps: int) -> None:
         matrices = [p for n, p in model.named_parameters() if _is_matrix(n, p)]
         others = [p for n, p in model.named_parameters() if not _is_matrix(n, p)]
-        self.lr, self.num_steps, self.decay = lr, num_steps, decay
+        self.lr, self.num_steps = lr, num_steps
         self.parts = (Muon(matrices, lr), torch.optim.Adam(others, lr, betas=(0.9, 0.98)))
         self.params = [*matrices, *others]
 
     def step(self, index: int) -> None:
         """Apply the gradients of step `index`, then clear them."""
-        rest = (self.num_steps - index) / (self.decay * self.num_steps)
+        rest = 2 * (1 - index / self.num_steps)
         rate = self.lr * min(1.0, (index + 1) / 30, rest)
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         for part in self.parts:

@@ -14,44 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wantrt.config import VAEConfig
-from wantrt.models.vae import VAE, Caches, CausalConv3d, Downsample, FrameAttention, ResidualBlock
+from wantrt.models.vae import VAE, Caches, FrameAttention, ResidualBlock
 from wantrt.nano.clips import draw_clips, random_scenes
-from wantrt.nano.optim import Average, Optimiser
-from wantrt.nano.scenes import combinations, split
+from wantrt.nano.loop import train
+from wantrt.nano.scenes import split
 
 CROP = 32
 BATCH = 4
 POOL = 768  # clips the crops are cut from
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 KL_WEIGHT = 1e-3
 
 
-def train_vae(config: VAEConfig, folder: Path, num_steps: int = 900, seed: int = 0) -> VAE:
-    """Train, log to ``vae.csv`` and save ``vae.pt`` (averaged weights) every 100 steps."""
+def train_vae(config: VAEConfig, file: Path, num_steps: int, seed: int = 0) -> VAE:
+    """Train a VAE whose latent statistics are still those of no clip; `file` as in `loop.train`."""
     torch.manual_seed(seed)
     model = VAE(config)
     initialise(model)
-    optimiser, average = Optimiser(model, LEARNING_RATE, num_steps, decay=0.5), Average(model, 0.99)
+    channels_last(model)
     pool = training_pixels(POOL, seed)
-    check = held_out_pixels(8)
-    log = (folder / "vae.csv").open("w", buffering=1)
-    log.write("step,loss,kl,psnr_mean,psnr_worst\n")
-    for step in range(num_steps):
-        loss, kl = vae_loss(model, random_crops(pool, BATCH))
-        loss.backward()
-        optimiser.step(step)
-        average.update(model, step)
-        if (step + 1) % 100 == 0 or step + 1 == num_steps:
-            torch.save(average.weights, folder / "vae.pt")
-            psnr = clip_psnr(check, reconstruct(averaged_vae(config, average.weights), check))
-            log.write(f"{step + 1},{loss:.4f},{kl:.4f},{psnr.mean():.2f},{psnr.min():.2f}\n")
-        elif (step + 1) % 20 == 0:
-            log.write(f"{step + 1},{loss:.4f},{kl:.4f},,\n")
-    return averaged_vae(config, average.weights)
+
+    def loss() -> Tensor:
+        return vae_loss(model, random_crops(pool, BATCH))
+
+    weights = train(
+        model, loss, file, num_steps=num_steps, lr=LEARNING_RATE, average=0.99, seed=seed
+    )
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
 
 
-def vae_loss(model: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, KL per latent value) of a batch of pixels [B, 3, T, H, W] in [-1, 1]."""
+def vae_loss(model: VAE, pixels: Tensor) -> Tensor:
+    """Loss of a batch of pixels [B, 3, T, H, W] in [-1, 1]."""
     moments = model.encoder.stream(pixels, Caches(None))
     mean, log_variance = moments.chunk(2, dim=1)
     log_variance = log_variance.clamp(-12, 4)
@@ -59,8 +53,7 @@ def vae_loss(model: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
     difference = model.decoder.stream(latent, Caches(None)) - pixels
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     edges = sum(difference.diff(dim=axis).abs().mean() for axis in (2, 3, 4))
-    loss = difference.abs().mean() + difference.square().mean() + 0.25 * edges + KL_WEIGHT * kl
-    return loss, kl.detach()
+    return difference.abs().mean() + difference.square().mean() + 0.25 * edges + KL_WEIGHT * kl
 
 
 @torch.no_grad()
@@ -86,6 +79,14 @@ def initialise(model: nn.Module) -> None:
     if isinstance(model, VAE):
         z_dim = model.encoder.config.z_dim
         model.encoder.quant_conv.bias[z_dim:] = -5.0  # type: ignore[index]
+
+
+def channels_last(model: nn.Module) -> None:
+    """Lay convolutions out by pixel, which on a CPU is a third faster for our few channels."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for weight in model.parameters():
+        if weight.ndim in layouts:
+            weight.data = weight.data.to(memory_format=layouts[weight.ndim])
 
 
 def training_pixels(count: int, seed: int) -> Tensor:
@@ -116,14 +117,7 @@ def random_crops(pool: Tensor, count: int) -> Tensor:
         pool[clip, :, :, row : row + CROP, column : column + CROP]
         for clip, row, column in zip(clips, rows, columns, strict=True)
     ]
-    return to_signal(torch.stack(windows))
-
-
-def averaged_vae(config: VAEConfig, weights: dict[str, Tensor]) -> VAE:
-    """The VAE of some saved weights, ready to run."""
-    model = VAE(config)
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
+    return to_signal(torch.stack(windows)).to(memory_format=torch.channels_last_3d)
 
 
 @torch.no_grad()
