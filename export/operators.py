@@ -280,12 +280,14 @@ def _attention(
 ) -> str:
     """The node's metadata says where no GPU has a fused kernel, so that an engine must do without.
 
-    That is in float32 and for heads wider than 256 (the VAE's). Everywhere else an attention that
-    falls apart into matrix products is a mistake, and an engine builder should refuse it.
+    That is in float32, for heads wider than 256 and for a single head of a single sample (the VAE
+    is all three or two of these). Everywhere else an attention that falls apart into matrix
+    products is a mistake, and an engine builder should refuse it.
     """
     masks = [] if attn_mask is None else [t.read(attn_mask, out[0].dtype)]
     value = t.node("Attention", q.value, k.value, v.value, *masks, scale=scale)
-    if out[0].dtype == torch.float32 or (q.spec.shape[-1] or 0) > FUSED_HEAD_DIM:
+    batch, heads, _, head_dim = q.spec.shape
+    if out[0].dtype == torch.float32 or (head_dim or 0) > FUSED_HEAD_DIM or batch == heads == 1:
         t.nodes[-1].metadata_props.add(key="decomposable", value="1")
     return value
 
