@@ -42,6 +42,16 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 def test_mp4_is_what_browsers_play(tmp_path):
     av = pytest.importorskip("av")
     frames = make_frames()
@@ -184,6 +194,14 @@ def test_too_large_for_the_disk(tmp_path):
     assert check_output(tmp_path / "cat.mp4", shape=(81, 480, 832, 3)) == tmp_path / "cat.mp4"
 
 
+def test_full_disk_is_noticed_before_any_work(tmp_path):
+    code = "import resource, sys; from wantrt.media import check_output;"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); check_output(sys.argv[1])"
+    result = run_python(code, tmp_path / "cat.mp4")
+    assert "MediaError: cannot write" in result.stderr
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "frames",
     [
@@ -221,8 +239,8 @@ from wantrt.media import VideoWriter
 
 path, what_happens = sys.argv[1:]
 if what_happens == "disk full":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-frames = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), np.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+frames = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
 with VideoWriter(path, fps=16) as writer:
     for i in range(50):
         writer.write(frames)
@@ -237,13 +255,7 @@ with VideoWriter(path, fps=16) as writer:
     [("ctrl-c", "x.mp4"), ("ctrl-c", "x/"), ("disk full", "x.mp4"), ("disk full", "x.gif")],
 )
 def test_interrupted_or_starved_leaves_nothing(tmp_path, what_happens, name):
-    result = subprocess.run(
-        [sys.executable, "-c", WRITE_NOISE, f"{tmp_path}/{name}", what_happens],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    result = run_python(WRITE_NOISE, f"{tmp_path}/{name}", what_happens)
     if what_happens == "ctrl-c":
         assert result.returncode == -signal.SIGINT, result.stderr
     else:
