@@ -7,12 +7,13 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 
 from wantrt.bundle import Bundle
-from wantrt.config import Size, Variant
+from wantrt.config import Expert, Size, Variant
 from wantrt.runtime.loading import COMING, RUNTIMES
 from wantrt.tasks import TASKS
 
@@ -134,18 +135,18 @@ def describe_sizes(variant: Variant, precision: Mapping[str, str]) -> list[SizeI
 def describe_size(
     variant: Variant, precision: Mapping[str, str], size: Size, num_frames: int
 ) -> SizeInfo:
-    vae = variant.vae
-    latent_frames = (num_frames - 1) // vae.temporal_stride + 1
+    from wantrt.runtime.denoiser import GUIDANCE_BATCH_TOKENS
+
     width, height = (side // variant.size_step for side in size)
+    latent_frames = (num_frames - 1) // variant.vae.temporal_stride + 1
     tokens = latent_frames * width * height
+    passes = 2 if tokens <= GUIDANCE_BATCH_TOKENS else 1
+    widest = max(_bytes_per_token(e, ELEMENT_BYTES[precision[e.name]]) for e in variant.experts)
     return SizeInfo(
         size=size,
         num_frames=num_frames,
         tokens=tokens,
-        denoise_bytes=max(
-            2 * tokens * _bytes_per_token(variant, index, precision)
-            for index in range(len(variant.experts))
-        ),
+        denoise_bytes=passes * tokens * widest,
         decode_bytes=_decode_bytes(variant, size, ELEMENT_BYTES[precision["vae"]]),
     )
 
@@ -153,13 +154,11 @@ def describe_size(
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def _bytes_per_token(variant: Variant, index: int, precision: Mapping[str, str]) -> int:
+def _bytes_per_token(expert: Expert, element: int) -> int:
     """The widest moment of a DiT block: the residual twice in float32, and beside it either
     q, k, v, their rotated copies and the output of attention, or the feed-forward before and after
     its activation.
     """
-    expert = variant.experts[index]
-    element = ELEMENT_BYTES[precision[expert.name]]
     attention, feed_forward = 6 * expert.dit.dim, expert.dit.dim + 2 * expert.dit.ffn_dim
     return 2 * 4 * expert.dit.dim + element * max(attention, feed_forward)
 
@@ -171,25 +170,23 @@ def _decode_bytes(variant: Variant, size: Size, element: int) -> int:
     from wantrt.models.components import vae_components
 
     components = vae_components(variant.vae, torch.float32)
-    decoder = next(c for c in components if c.name == "vae_decoder_next")
+    (decoder,) = (c for c in components if c.name == "vae_decoder_next")
     width, height = (side // variant.vae.spatial_stride for side in size)
-    cells = {"w": width, "h": height}
-    banks = 0
-    for name, spec in decoder.inputs.items():
-        if name.startswith("cache"):
-            count = 1
-            for dim in spec.shape:
-                factor, _, symbol = str(dim).rpartition("*")
-                count *= int(factor or 1) * cells[symbol] if symbol in cells else int(dim)
-            banks += 2 * count * element
+    banks = (
+        2
+        * element
+        * sum(
+            prod(spec.concrete({"h": height, "w": width}))
+            for name, spec in decoder.inputs.items()
+            if name.startswith("cache")
+        )
+    )
     frame = size[0] * size[1] * variant.vae.decoder_dim * element
     return banks + 4 * (variant.vae.temporal_stride + 2) * frame
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, object]:
     """What `wantrt info BUNDLE` says, as plain data."""
-    from dataclasses import asdict
-
     files = bundle.manifest.files
     return {
         "path": str(bundle.path),
@@ -207,7 +204,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, object]:
             for name, part in bundle.manifest.parts.items()
         },
         "components": {
-            f"{c.name}": {
+            Path(c.graph).stem: {
                 "parts": c.parts,
                 "layers_a_run": c.stack,
                 "graph": c.graph,

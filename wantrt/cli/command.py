@@ -8,6 +8,7 @@ import click
 
 from wantrt import errors
 from wantrt.cli.console import Console
+from wantrt.jobs import parse_size
 
 FAILURES = (  # exit 1; every other WantrtError is bad input, exit 2
     errors.BuildError,
@@ -60,7 +61,7 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (unforeseen; --debug shows where)"
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType[tuple[int, int]]):
     """WIDTHxHEIGHT in pixels, as 832x480."""
 
     name = "WxH"
@@ -68,12 +69,10 @@ class SizeType(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        width, _, height = str(value).lower().replace("*", "x").partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
-            self.fail(f"{value!r} is not a size; write WIDTHxHEIGHT, as in 832x480", param, ctx)
-        return int(width), int(height)
+        try:
+            return parse_size(str(value))
+        except errors.SettingsError as error:
+            self.fail(str(error), param, ctx)
 
 
 SIZE = SizeType()

@@ -1,6 +1,140 @@
-from wantrt.cli.command import command
+"""``wantrt generate``: videos from prompts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from wantrt.cli.command import SIZE, command, describe
+from wantrt.cli.console import Console
+
+if TYPE_CHECKING:
+    from wantrt.batch import Failed, Made
+    from wantrt.errors import WantrtError
+    from wantrt.jobs import Job
 
 
 @command()
-def generate(console):
-    pass
+@click.argument("prompt", required=False)
+@click.option("--bundle", type=click.Path(path_type=Path), help="[default: nano, which ships]")
+@click.option("--runtime", default="auto", show_default=True, help="onnxruntime or torch.")
+@click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.")
+@click.option("--size", type=SIZE, help="Pixels.")
+@click.option("--frames", "num_frames", type=int, metavar="N", help="4n + 1 of them.")
+@click.option("--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps.")
+@click.option("--guidance-scale", type=float, metavar="X", help="1 is no guidance.")
+@click.option("--guidance-scale-2", type=float, metavar="X", help="Of the low-noise expert.")
+@click.option("--flow-shift", type=float, metavar="X", help="More: more steps at high noise.")
+@click.option("--solver", metavar="NAME", help="unipc, dpm++ or euler.")
+@click.option(
+    "--convention", default="official", show_default=True, metavar="NAME", help="Or diffusers."
+)
+@click.option("--seed", type=int, metavar="N", help="[default: drawn, and told]")
+@click.option("--noise", default="cpu", show_default=True, help="Whose generator: cpu or cuda.")
+@click.option("--init-latents", type=click.Path(path_type=Path), help="Start from these.")
+@click.option("--latents", type=click.Path(path_type=Path), help="Save the final latents here.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Many videos: a prompt a line, or JSON lines (prompt, seed, out, …).",
+)
+@click.option(
+    "--out",
+    metavar="PATH",
+    help="x.mp4, x.gif, x.png, or a folder of pngs (x/). With --prompts: the folder of the videos. "
+    "[default: named after prompt and seed]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
+def generate(
+    console: Console,
+    prompt: str | None,
+    bundle: Path | None,
+    runtime: str,
+    prompts: Path | None,
+    out: str | None,
+    latents: Path | None,
+    init_latents: Path | None,
+    overwrite: bool,
+    **settings: Any,
+) -> int:
+    """Make a video from PROMPT, or one from every line of --prompts.
+
+    What is not given is the bundle's default. The same seed on the same machine and runtime gives
+    the same video.
+    """
+    if (prompt is None) == (prompts is None):
+        raise click.UsageError('give a prompt, as in wantrt generate "a cat surfing", or --prompts')
+    if prompts is not None and (latents or init_latents):
+        raise click.UsageError("--latents and --init-latents of many videos go into their lines")
+
+    from wantrt.batch import Failed, generate_all
+    from wantrt.build import default_bundle
+    from wantrt.bundle import Bundle
+    from wantrt.jobs import Job, read_prompts
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    jobs: list[Job | WantrtError] = [Job(prompt or "", given, out, latents, init_latents)]
+    if prompts is not None:
+        jobs = [with_defaults(job, given) for job in read_prompts(prompts)]
+    results: list[Made | Failed] = []
+    with console.progress() as progress:
+        loaded = Bundle.load(bundle) if bundle else default_bundle(progress)
+        folder = Path(out or ".") if prompts else Path()
+        for result in generate_all(
+            loaded, jobs, runtime=runtime, folder=folder, overwrite=overwrite, progress=progress
+        ):
+            if isinstance(result, Failed) and prompt is not None:
+                raise result.error
+            results.append(result)
+            show(console, result)
+    failed = sum(isinstance(result, Failed) for result in results)
+    if len(results) > 1:
+        console.print(f"{len(results) - failed} made, {failed} failed, {console.seconds:.1f} s")
+    console.result(
+        {
+            "bundle": str(loaded.path),
+            "results": [plain(result) for result in results],
+            "seconds": round(console.seconds, 3),
+        }
+    )
+    return 1 if failed else 0
+
+
+def with_defaults(job: "Job | WantrtError", given: dict[str, Any]) -> "Job | WantrtError":
+    """What a line says wins over the options."""
+    from dataclasses import replace
+
+    return job if isinstance(job, Exception) else replace(job, settings={**given, **job.settings})
+
+
+def show(console: Console, result: "Made | Failed") -> None:
+    from wantrt.batch import Failed
+
+    if isinstance(result, Failed):
+        console.say(f"wantrt: error: {result.prompt or ''}: {describe(result.error)}")
+        return
+    settings, phases = result.settings, result.timings
+    width, height = settings.size
+    console.print(
+        f"{settings.prompt!r}: {width}x{height}, {settings.num_frames} frames, "
+        f"{settings.num_inference_steps} steps, seed {settings.seed}",
+        ", ".join(f"{name.removesuffix('_s')} {s:.1f} s" for name, s in phases.items())
+        + f"; {result.seconds:.1f} s to the file",
+    )
+    console.path(result.out)
+
+
+def plain(result: "Made | Failed") -> dict[str, Any]:
+    from wantrt.batch import Failed
+
+    if isinstance(result, Failed):
+        error = {"type": type(result.error).__name__, "message": str(result.error)}
+        return {"prompt": result.prompt, "error": error}
+    return {
+        "out": str(result.out),
+        "latents": str(result.latents) if result.latents else None,
+        "settings": result.settings.as_dict(),
+        "timings": result.timings,
+        "seconds": round(result.seconds, 3),
+    }
