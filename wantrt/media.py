@@ -29,7 +29,7 @@ LARGEST_SHARE = {".mp4": 0.25, ".gif": 0.5, ".png": 1.1, "": 1.1}  # of the fram
 MARGIN_BYTES = 2**16
 
 
-@dataclass
+@dataclass(eq=False)
 class Video:
     """Frames uint8 [F, H, W, 3], RGB. `timings`: seconds by phase; `metadata`: how it was made."""
 
