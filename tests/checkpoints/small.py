@@ -1,5 +1,8 @@
 """Small generated checkpoints, and the folders made of them."""
 
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ SMALL = (
 WRITERS = {"official": write_official, "diffusers": write_diffusers}
 
 
+@cache
 def make_small(variant: str = "t2v-1.3b") -> Checkpoint:
     return open_checkpoint(SMALL, variant)
 
@@ -26,5 +30,16 @@ def write_small(
     variant: str = "t2v-1.3b",
     shard_bytes: int = 1 << 30,
 ) -> Path:
-    WRITERS[layout](make_small(variant), folder, dtype, shard_bytes)
+    """A folder of one's own: written once for all tests, then copied."""
+    master = _master(layout, dtype, variant, shard_bytes)
+    shutil.copytree(master.name, folder, dirs_exist_ok=True)
     return folder
+
+
+@cache
+def _master(
+    layout: str, dtype: torch.dtype, variant: str, shard_bytes: int
+) -> tempfile.TemporaryDirectory[str]:
+    master = tempfile.TemporaryDirectory()
+    WRITERS[layout](make_small(variant), Path(master.name), dtype, shard_bytes)
+    return master

@@ -57,7 +57,13 @@ class Part:
     def names(self) -> NameMap:
         return name_map(self.config)
 
-    def pieces(self, name: str, shape: tuple[int, ...]) -> list[Piece]:
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The prepared tensors."""
+        parameters = self.module(torch.float32).named_parameters()
+        return {name: tuple(parameter.shape) for name, parameter in parameters}
+
+    def pieces(self, name: str) -> list[Piece]:
         """Where a prepared tensor is stored, from top to bottom."""
         return [
             replace(piece, name=TIED_NAMES[piece.name])
@@ -65,19 +71,19 @@ class Part:
             and piece.name not in self.tensors.specs
             and TIED_NAMES[piece.name] in self.tensors.specs
             else piece
-            for piece in self.names.pieces(name, shape, self.layout)
+            for piece in self.names.pieces(name, self.shapes[name], self.layout)
         ]
 
-    def stored(self, name: str, shape: tuple[int, ...]) -> list[Tensor]:
+    def stored(self, name: str) -> list[Tensor]:
         """The pieces of a prepared tensor, each flat, in the dtype of the file."""
-        return [self.tensors.read(piece.name).reshape(-1) for piece in self.pieces(name, shape)]
+        return [self.tensors.read(piece.name).reshape(-1) for piece in self.pieces(name)]
 
     def problems(self) -> list[str]:
         """What is missing, misshapen, unexpected or no weight at all; from headers alone."""
         found = dict(self.tensors.specs)
         missing, wrong = [], []
-        for name, parameter in self.module(torch.float32).named_parameters():
-            for piece in self.pieces(name, tuple(parameter.shape)):
+        for name in self.shapes:
+            for piece in self.pieces(name):
                 stored = found.pop(piece.name, None)
                 if stored is None:
                     missing.append(piece.name)
@@ -168,9 +174,9 @@ class Checkpoint:
             digest.update(self.source.encode())
             return digest.hexdigest()
         for part in self.parts.values():
-            for name, parameter in part.module(torch.float32).named_parameters():
+            for name in part.shapes:
                 digest.update(f"{part.name}/{name}".encode())
-                for flat in part.stored(name, tuple(parameter.shape)):
+                for flat in part.stored(name):
                     middle = flat.numel() // 2
                     digest.update(str(flat.dtype).encode())
                     for start in (0, middle, max(0, flat.numel() - SAMPLE)):
@@ -185,7 +191,7 @@ class Checkpoint:
         """
         source = self._part(part)
         for name, parameter in source.module(dtype).named_parameters():
-            pieces = source.stored(name, tuple(parameter.shape))
+            pieces = source.stored(name)
             if len(pieces) == 1:
                 yield name, pieces[0].to(parameter.dtype).view(parameter.shape)
             else:
@@ -217,14 +223,7 @@ class Checkpoint:
             name: (parameter.dtype, tuple(parameter.shape))
             for name, parameter in source.module(dtype).named_parameters()
         }
-        shards = write_shards(
-            path,
-            plan,
-            lambda name: source.stored(name, plan[name][1]),
-            shard_bytes,
-            progress,
-        )
-        return list(shards)
+        return list(write_shards(path, plan, source.stored, shard_bytes, progress))
 
     def _part(self, name: str) -> Part:
         if name not in self.parts:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wantrt.checkpoints.checkpoint import SHARD_BYTES, Checkpoint, Part
 from wantrt.checkpoints.names import Layout
@@ -80,33 +79,31 @@ def unprepared(
     part: Part, layout: Layout, dtype: torch.dtype
 ) -> tuple[Plan, Callable[[str], list[Tensor]]]:
     """The tensors of a part under the names and shapes of a layout: their plan, and each, flat."""
-    places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}  # stored -> piece i of n of what
+    places: dict[str, tuple[str, int, int]] = {}  # stored -> piece i of n of what
     plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, parameter in part.module(torch.float32).named_parameters():
-        shape = tuple(parameter.shape)
+    for name, shape in part.shapes.items():
         pieces = part.names.pieces(name, shape, layout)
         for index, piece in enumerate(pieces):
             plan[piece.name] = (dtype, piece.shape)
-            places[piece.name] = (name, shape, index, len(pieces))
+            places[piece.name] = (name, index, len(pieces))
 
     @lru_cache(maxsize=1)  # q, k and v follow one another
-    def prepared(name: str, shape: tuple[int, ...]) -> Tensor:
-        pieces = part.stored(name, shape)
+    def prepared(name: str) -> Tensor:
+        pieces = part.stored(name)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def read(stored: str) -> list[Tensor]:
-        name, shape, index, count = places[stored]
-        return [prepared(name, shape).chunk(count)[index]]
+        name, index, count = places[stored]
+        return [prepared(name).chunk(count)[index]]
 
     return plan, read
 
 
 def write_pth(path: Path, plan: Plan, read: Callable[[str], list[Tensor]]) -> None:
     """A ``torch.save`` file of a dictionary of tensors: first its outline, then each in place."""
-    with FakeTensorMode() as fake:
+    with torch.serialization.skip_data():
         outline = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in plan.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True), fake:
-        torch.save(outline, path)
+        torch.save(outline, path)  # memory that nobody touches is not taken
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         tensors = torch.load(path, weights_only=True, mmap=True)
     for name, tensor in tensors.items():
