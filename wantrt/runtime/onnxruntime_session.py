@@ -50,6 +50,9 @@ def _load(component: Component, graph: Path, num_threads: int | None) -> ort.Inf
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads or 0
     options.log_severity_level = 3
+    # In the order of the graph: the default order runs what needs no activations first, and holds
+    # the rows of modulation of all tokens for all blocks from the beginning.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     try:
         model = onnx.load(graph)
         rewrite_attention(model)

@@ -43,8 +43,18 @@ def rewrite_attention(model: onnx.ModelProto) -> None:
         else:
             nodes.append(node)
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(_without_unread(nodes, {value.name for value in graph.output}))
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def _without_unread(nodes: list[onnx.NodeProto], read: set[str]) -> list[onnx.NodeProto]:
+    """`nodes` less those whose results nothing reads: ONNX Runtime would run them."""
+    kept = []
+    for node in reversed(nodes):
+        if read & set(node.output):
+            kept.append(node)
+            read |= set(node.input)
+    return kept[::-1]
 
 
 def _attend_joined(
