@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 .PHONY: demo test check lint gpu clean
 
 demo: $(VENV)/.stamp-run
-	$(BIN)/wantrt generate "a red circle moves right" --out outputs/demo.mp4 --overwrite
+	$(BIN)/wantrt generate "a red circle moves right" --seed 0 --out outputs/demo.mp4 --overwrite
 	@echo "$(CURDIR)/outputs/demo.mp4"
 
 test: lint
