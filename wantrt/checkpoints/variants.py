@@ -78,11 +78,10 @@ def identify(
     ]
     if not twins:
         return chosen, None
-    note = (
-        f"{source} fits {chosen.name} and {', '.join(twins)} alike: taken as {chosen.name} "
-        "(say which with --variant)"
+    return (
+        chosen,
+        f"{source} fits {chosen.name} and {', '.join(twins)} alike: taken as {chosen.name}",
     )
-    return chosen, note
 
 
 def _disagreement(
