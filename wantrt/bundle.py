@@ -90,9 +90,13 @@ class Bundle:
         from wantrt.models.components import part_components
         from wantrt.session import PRECISIONS
 
-        stack = self.stack["text_stack" if part == "text_encoder" else "dit_stack"]
         dtype = PRECISIONS[self.precision[part]]
-        return part_components(self.variant, part, dtype, stack)
+        return part_components(self.variant, part, dtype, self.stack_of(part))
+
+    def stack_of(self, part: str) -> int | None:
+        """Layers a run of the part's stack, if it has one."""
+        sizes = [c.stack for c in self.manifest.components if part in c.parts and c.stack]
+        return sizes[0] if sizes else None
 
     def weights(self, part: str) -> "dict[str, Tensor]":
         """Prepared tensors by name, memory-mapped: pages are read when a tensor is used."""

@@ -11,7 +11,9 @@ from wantrt.schedulers.grids import check_name
 
 SLUG_LENGTH = 48
 
-SETTINGS = {  # field of a JSON line -> setting of the pipeline and its type
+SETTINGS: dict[
+    str, tuple[str, type]
+] = {  # field of a JSON line -> setting of the pipeline and its type
     "negative_prompt": ("negative_prompt", str),
     "size": ("size", str),
     "frames": ("num_frames", int),
@@ -79,10 +81,10 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, (setting, kind) in SETTINGS.items():
         if name in values:
-            value: Any = values[name]
+            value = values[name]
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise SettingsError(f"{name} is {value!r}; give a {kind.__name__}")
-            settings[setting] = parse_size(value) if name == "size" else value
+            settings[setting] = parse_size(str(value)) if name == "size" else value
     return settings
 
 

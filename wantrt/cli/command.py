@@ -61,18 +61,11 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (unforeseen; --debug shows where)"
 
 
-class SizeType(click.ParamType[tuple[int, int]]):
-    """WIDTHxHEIGHT in pixels, as 832x480."""
-
-    name = "WxH"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        try:
-            return parse_size(str(value))
-        except errors.SettingsError as error:
-            self.fail(str(error), param, ctx)
-
-
-SIZE = SizeType()
+def size_option(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
+    """Callback of an option that takes WIDTHxHEIGHT."""
+    try:
+        return None if value is None else parse_size(value)
+    except errors.SettingsError as error:
+        raise click.BadParameter(str(error), ctx, param) from None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wantrt.cli.command import SIZE, command, describe
+from wantrt.cli.command import command, describe, size_option
 from wantrt.cli.console import Console
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--bundle", type=click.Path(path_type=Path), help="[default: nano, which ships]")
 @click.option("--runtime", default="auto", show_default=True, help="onnxruntime or torch.")
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.")
-@click.option("--size", type=SIZE, help="Pixels.")
+@click.option("--size", metavar="WxH", callback=size_option, help="Pixels.")
 @click.option("--frames", "num_frames", type=int, metavar="N", help="4n + 1 of them.")
 @click.option("--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps.")
 @click.option("--guidance-scale", type=float, metavar="X", help="1 is no guidance.")

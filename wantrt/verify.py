@@ -1,0 +1,330 @@
+"""Verification: is a bundle, as a runtime runs it, the checkpoint that it was built from?
+
+The reference is always the torch modules in float32 with the weights of the *checkpoint*, never a
+runtime's own idea of itself. Checked are: the hash of every file; every weight against its source,
+and for NaN; every component at a small odd shape, each time it runs, all outputs; and on request
+the latents of a few denoising steps, where errors add up.
+
+Weights are read from the checkpoint as a stream: at most one stack of layers is in memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from wantrt.bundle import Bundle
+from wantrt.checkpoints import Checkpoint, open_checkpoint
+from wantrt.config import DiTConfig, TextEncoderConfig
+from wantrt.errors import BundleError
+from wantrt.folder import Progress, silent
+from wantrt.models.components import Component, part_components
+from wantrt.models.dit import rope_tables, timestep_sinusoid
+from wantrt.models.umt5 import position_buckets
+from wantrt.pieces import read_log
+from wantrt.runtime.denoiser import Transformer
+from wantrt.runtime.loading import Runtime, choose_runtime
+from wantrt.runtime.pipeline import Pipeline
+from wantrt.runtime.pipeline import Progress as Stage
+from wantrt.runtime.torch_session import TorchSession, load_sessions
+from wantrt.session import CPUDevice, Session, Tensors
+
+SYMBOLS = {"B": 2, "S": 11, "T": 3, "F": 2, "h": 3, "w": 5, "L": 30}  # small, odd; L = F·h·w
+PROMPT = "a red circle moves right"
+TRAJECTORY_CELLS = 8  # patches along each side of the trajectory's frames
+TRAJECTORY_FRAMES = 5
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """relative_error: ‖actual − expected‖ / ‖expected‖ at most; cosine: at least."""
+
+    relative_error: float
+    cosine: float
+
+
+COMPONENT_TOLERANCE = {
+    "fp32": Tolerance(1e-4, 0.999999),
+    "bf16": Tolerance(3e-2, 0.999),
+    "fp16": Tolerance(5e-3, 0.9999),
+}
+TRAJECTORY_TOLERANCE = {  # errors add up from step to step, and guidance amplifies them
+    "fp32": Tolerance(1e-3, 0.99999),
+    "bf16": Tolerance(1.5e-1, 0.98),
+    "fp16": Tolerance(3e-2, 0.999),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far something is from its reference: of several outputs and instances, the farthest."""
+
+    name: str
+    part: str
+    precision: str
+    relative_error: float
+    cosine: float
+    tolerance: Tolerance
+
+    @property
+    def ok(self) -> bool:
+        return (
+            self.relative_error <= self.tolerance.relative_error
+            and self.cosine >= self.tolerance.cosine
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found. Weights are named `part/tensor`."""
+
+    runtime: str
+    components: tuple[Comparison, ...]
+    nonfinite: tuple[str, ...]  # weights that hold NaN or infinity
+    different: tuple[str, ...]  # weights that are not the checkpoint's
+    trajectory: tuple[Comparison, ...]  # one a step
+
+    @property
+    def ok(self) -> bool:
+        compared = (*self.components, *self.trajectory)
+        return all(c.ok for c in compared) and not self.nonfinite and not self.different
+
+
+def verify(
+    bundle: Bundle,
+    checkpoint: str | None = None,
+    *,
+    runtime: str | None = None,
+    steps: int = 0,
+    progress: Progress = silent,
+) -> Report:
+    """Compare a bundle with its checkpoint, which is None for the one that it was built from.
+
+    Raises BundleError for altered files and for another checkpoint.
+    """
+    bundle.check_hashes(progress)
+    chosen = choose_runtime(runtime, bundle.precision.values())
+    opened = open_source(bundle, checkpoint)
+    components: list[Comparison] = []
+    nonfinite: list[str] = []
+    different: list[str] = []
+    for part in bundle.precision:
+        check = _PartCheck(bundle, opened, part, chosen)
+        components += check.run(progress)
+        nonfinite += check.nonfinite
+        different += check.different
+    trajectory = compare_steps(bundle, opened, chosen, steps, progress) if steps else []
+    return Report(
+        chosen.name, tuple(components), tuple(nonfinite), tuple(different), tuple(trajectory)
+    )
+
+
+def open_source(bundle: Bundle, checkpoint: str | None) -> Checkpoint:
+    """The checkpoint that a bundle was built from. Raises BundleError if it is another one."""
+    name = bundle.variant.name
+    log = read_log(bundle.path)
+    source = checkpoint or (log.checkpoint if log else None)
+    opened = open_checkpoint(source, None if name == "custom" else name)
+    if opened.fingerprint != bundle.manifest.checkpoint.fingerprint:
+        raise BundleError(
+            f"{bundle.path} was built from another checkpoint than {opened.source}. "
+            "Name the right one with --checkpoint."
+        )
+    return opened
+
+
+class _PartCheck:
+    """The components of one part, each compared as soon as its weights have come by."""
+
+    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, part: str, runtime: Runtime) -> None:
+        self.checkpoint, self.part = checkpoint, part
+        self.precision = bundle.precision[part]
+        self.config = checkpoint.parts[part].config
+        self.weights = bundle.weights(part)
+        self.device = runtime.make_device()
+        on_device = {name: t.to(self.device.torch_device) for name, t in self.weights.items()}
+        self.components = bundle.components(part)
+        references = part_components(bundle.variant, part, torch.float32, bundle.stack_of(part))
+        self.pending = [
+            _Run(component, reference, session, instance)
+            for component, reference in zip(self.components, references, strict=True)
+            for session, instance in zip(
+                runtime.load(component, bundle.graph(component.name, part), on_device, self.device),
+                component.instances,
+                strict=True,
+            )
+        ]
+        self.nonfinite: list[str] = []
+        self.different: list[str] = []
+
+    def run(self, progress: Progress) -> list[Comparison]:
+        worst: dict[str, tuple[float, float]] = {}
+        held: dict[str, Tensor] = {}
+        for done, (name, tensor) in enumerate(self.checkpoint.read(self.part, torch.float32), 1):
+            held[name] = tensor
+            self._check_weight(name, tensor)
+            for run in [run for run in self.pending if held.keys() >= run.weights]:
+                self.pending.remove(run)
+                error, cosine = run.compare(held, self.config, self.device.torch_device)
+                worse, lower = worst.get(run.component.name, (0.0, 1.0))
+                worst[run.component.name] = (max(worse, error), min(lower, cosine))
+            needed = {name for run in self.pending for name in run.weights}
+            held = {name: tensor for name, tensor in held.items() if name in needed}
+            progress(f"verify {self.part}", done, len(self.weights))
+        return [
+            Comparison(
+                component.name,
+                self.part,
+                self.precision,
+                *worst[component.name],
+                COMPONENT_TOLERANCE[self.precision],
+            )
+            for component in self.components
+        ]
+
+    def _check_weight(self, name: str, expected: Tensor) -> None:
+        actual = self.weights[name]
+        if not bool(torch.isfinite(actual).all()):
+            self.nonfinite.append(f"{self.part}/{name}")
+        eps, tiny = torch.finfo(actual.dtype).eps, torch.finfo(actual.dtype).tiny
+        if not torch.allclose(actual.float(), expected, rtol=eps, atol=tiny, equal_nan=True):
+            self.different.append(f"{self.part}/{name}")
+
+
+@dataclass
+class _Run:
+    """One instance of a component: the session under test, and how to make its reference."""
+
+    component: Component
+    reference: Component
+    session: Session
+    instance: Mapping[str, str]
+
+    @property
+    def weights(self) -> set[str]:
+        """The prepared tensors it runs with."""
+        return set(self.instance.values())
+
+    def compare(self, held: Tensors, config: object, device: torch.device) -> tuple[float, float]:
+        """The largest relative error and the smallest cosine of its outputs."""
+        inputs = make_inputs(self.component, config)
+        reference = TorchSession(
+            self.reference, {name: held[prepared] for name, prepared in self.instance.items()}
+        )
+        specs = self.reference.inputs
+        expected = reference.run({name: t.to(specs[name].dtype) for name, t in inputs.items()})
+        actual = self.session.run({name: t.to(device) for name, t in inputs.items()})
+        distances = [distance(actual[name].cpu(), tensor) for name, tensor in expected.items()]
+        return max(error for error, _ in distances), min(cosine for _, cosine in distances)
+
+
+def make_inputs(component: Component, config: object) -> dict[str, Tensor]:
+    """Inputs of ordinary size at SYMBOLS, always the same, in the dtypes that it takes."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {}
+    for name, spec in component.inputs.items():
+        shape = spec.concrete(SYMBOLS)
+        table = _table(name, shape, config)
+        noise = torch.randn(shape, generator=generator) * (0.3 if name in ("e", "e6") else 1.0)
+        inputs[name] = (noise.clamp(-1, 1) if name == "pixels" else noise).to(spec.dtype)
+        if table is not None:
+            inputs[name] = table.to(spec.dtype)
+    return inputs
+
+
+def _table(name: str, shape: tuple[int, ...], config: object) -> Tensor | None:
+    """Inputs that are not free: tokens, masks, tables."""
+    if isinstance(config, TextEncoderConfig):
+        if name == "tokens":
+            return torch.arange(shape[0] * shape[1]).view(shape) % config.vocab_size
+        if name == "position_buckets":
+            return position_buckets(config, shape[0])
+        if name == "mask":
+            mask = torch.ones(shape)
+            mask[-1, -3:] = 0
+            return mask
+    if isinstance(config, DiTConfig):
+        if name == "sinusoid":
+            return timestep_sinusoid(torch.linspace(999, 1, shape[0]), config.freq_dim)
+        if name in ("cos", "sin"):
+            _, ph, pw = config.patch_size
+            cells = (SYMBOLS["F"], ph * SYMBOLS["h"], pw * SYMBOLS["w"])
+            return rope_tables(config, *cells)[name == "sin"]
+    return None
+
+
+def distance(actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Relative error and cosine, in float64. What is not finite is infinitely far."""
+    a, e = actual.double().flatten(), expected.double().flatten()
+    norm = float(e.norm())
+    error = float((a - e).norm()) / norm if norm else float(a.norm())
+    cosine = float(a @ e) / (float(a.norm()) * norm) if norm and float(a.norm()) else 1.0
+    return (error, cosine) if isfinite(error) else (float("inf"), 0.0)
+
+
+# -- The trajectory -------------------------------------------------------------------------------
+
+
+def compare_steps(
+    bundle: Bundle, checkpoint: Checkpoint, runtime: Runtime, steps: int, progress: Progress
+) -> list[Comparison]:
+    """The latent after each of `steps` denoising steps of a small video, with its reference."""
+    precisions = list(bundle.precision.values())
+    lowest = max(precisions, key=lambda p: TRAJECTORY_TOLERANCE[p].relative_error)
+    with Pipeline.load(bundle.path, runtime.name) as pipe:
+        actual = _latents(pipe, steps, "steps", progress)
+    with _reference(bundle, checkpoint) as pipe:
+        expected = _latents(pipe, steps, "reference steps", progress)
+    return [
+        Comparison(
+            f"step {number}", "latent", lowest, *distance(a, e), TRAJECTORY_TOLERANCE[lowest]
+        )
+        for number, (a, e) in enumerate(zip(actual, expected, strict=True), 1)
+    ]
+
+
+def _latents(pipe: Pipeline, steps: int, label: str, progress: Progress) -> list[Tensor]:
+    latents: list[Tensor] = []
+
+    def keep(stage: Stage) -> None:
+        if stage.latents is not None:
+            latents.append(stage.latents.cpu().clone())
+            progress(label, stage.done, stage.total)
+
+    side = TRAJECTORY_CELLS * pipe.variant.size_step
+    for _ in pipe.stream(
+        PROMPT,
+        size=(side, side),
+        num_frames=TRAJECTORY_FRAMES,
+        num_inference_steps=steps,
+        seed=0,
+        callback=keep,
+    ):
+        pass
+    return latents
+
+
+def _reference(bundle: Bundle, checkpoint: Checkpoint) -> Pipeline:
+    """The pipeline of the checkpoint itself, in float32 and torch."""
+    from wantrt.runtime.decoder import Decoder
+    from wantrt.runtime.prompt import Tokenizer
+    from wantrt.runtime.text import TextEncoder
+
+    variant, device = bundle.variant, CPUDevice()
+
+    def sessions(part: str) -> dict[str, list[TorchSession]]:
+        weights = dict(checkpoint.read(part, torch.float32))
+        components = part_components(variant, part, torch.float32, bundle.stack_of(part))
+        return {c.name: load_sessions(c, None, weights, device) for c in components}
+
+    tokenizer = Tokenizer(bundle.tokenizer, variant.experts[0].dit.text_len)
+    return Pipeline(
+        bundle,
+        choose_runtime("torch", ()),
+        device,
+        TextEncoder(variant.text_encoder, tokenizer, sessions("text_encoder"), device),
+        [Transformer(expert.dit, sessions(expert.name)) for expert in variant.experts],
+        Decoder(variant.vae, sessions("vae"), device),
+    )
