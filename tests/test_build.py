@@ -176,7 +176,7 @@ def test_missing_and_foreign_files_are_mended(tmp_path: Path) -> None:
     assert contents(folder) == contents(small_bundle())
 
 
-def test_without_its_log_a_bundle_is_not_overwritten_by_guess(tmp_path: Path) -> None:
+def test_a_bundle_without_its_log_is_built_again_to_the_same_bytes(tmp_path: Path) -> None:
     folder = copy_bundle(tmp_path)
     (folder / BUILD_LOG).unlink()
     rebuild(folder)

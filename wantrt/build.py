@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from wantrt.bundle import BUILD_LOG, MANIFEST, Bundle
+from wantrt.bundle import MANIFEST, Bundle
 from wantrt.checkpoints import Checkpoint, open_checkpoint
 from wantrt.checkpoints.opening import NANO
 from wantrt.config import DiTConfig, Variant
@@ -27,6 +27,7 @@ from wantrt.manifest import (
     PartRecord,
     TensorRecord,
     manifest_bytes,
+    read_manifest,
 )
 from wantrt.models.components import Component, part_components
 from wantrt.pieces import (
@@ -148,17 +149,27 @@ class Build:
             return
         if not self.out.is_dir():
             raise BuildError(f"{self.out} is a file; name a folder with --out.")
-        log, names = read_log(self.out), {path.name for path in self.out.iterdir()}
-        if log is None and names - {".lock", MANIFEST, BUILD_LOG}:
+        origin = _origin(self.out)
+        if origin is None and {path.name for path in self.out.iterdir()} - {".lock"}:
             raise BuildError(
-                f"{self.out} holds other things than a bundle that was built here. "
+                f"{self.out} holds other things than a bundle. "
                 "Name a new or empty folder with --out."
             )
-        if log is not None and log.fingerprint != self.checkpoint.fingerprint:
+        if origin not in (None, self.checkpoint.fingerprint):
             raise BuildError(
-                f"{self.out} is a bundle of another checkpoint ({log.checkpoint}). "
-                "Name another --out, or delete it."
+                f"{self.out} is a bundle of another checkpoint. Name another --out, or delete it."
             )
+
+
+def _origin(root: Path) -> str | None:
+    """The fingerprint of the checkpoint that a finished or unfinished bundle is built from."""
+    if log := read_log(root):
+        return log.fingerprint
+    try:
+        manifest = read_manifest((root / MANIFEST).read_bytes(), str(root))
+    except (OSError, BundleError):
+        return None
+    return manifest.checkpoint.fingerprint
 
 
 def plan_build(
