@@ -213,9 +213,23 @@ DIT_NANO = DiTConfig(dim=128, ffn_dim=448, num_heads=4, num_layers=6, text_dim=9
 TEXT_ENCODER_NANO = TextEncoderConfig(
     vocab_size=80, dim=96, attention_dim=96, ffn_dim=256, num_heads=4, num_layers=2
 )
-VAE_NANO = replace(
-    VAE_2_1, encoder_dim=8, decoder_dim=8, dim_multipliers=(1, 2, 4, 8), num_res_blocks=1
+# fmt: off
+VAE_NANO = VAEConfig(
+    z_dim=16,
+    encoder_dim=8,
+    decoder_dim=8,
+    dim_multipliers=(1, 2, 4, 8),
+    num_res_blocks=1,
+    latents_mean=(
+        -0.0941, 0.1238, 0.0126, 0.3074, -0.0106, 0.0490, -0.3476, -0.0807,
+        0.0293, 0.1903, 0.0423, -0.1061, 0.1773, 0.2305, -0.0430, 0.0466,
+    ),
+    latents_std=(
+        0.8652, 0.8119, 1.5567, 0.7957, 1.0426, 0.9427, 1.4799, 0.9243,
+        0.7096, 0.6569, 0.7811, 0.6227, 1.6251, 0.6869, 0.5429, 0.8009,
+    ),
 )
+# fmt: on
 
 # -- Prompts that ship with the checkpoints -------------------------------------------------------
 

@@ -224,13 +224,17 @@ def diffusers_vae(config: Fields) -> VAEConfig:
 
 
 def with_statistics(vae: VAEConfig) -> VAEConfig:
-    """The VAE with the latent statistics of the known one of as many channels, else none."""
-    known = {variant.vae.z_dim: variant.vae for variant in VARIANTS.values()}
-    if vae.z_dim in known:
-        mean, std = known[vae.z_dim].latents_mean, known[vae.z_dim].latents_std
-    else:
-        mean, std = (0.0,) * vae.z_dim, (1.0,) * vae.z_dim
-    return replace(vae, latents_mean=mean, latents_std=std)
+    """The VAE with the latent statistics of the known one it equals, or of one as many channels."""
+    known = [variant.vae for variant in VARIANTS.values()]
+    equals = [row for row in known if _replace_statistics(vae, row) == row]
+    alike = [row for row in known if row.z_dim == vae.z_dim]
+    for row in (*equals, *alike):
+        return _replace_statistics(vae, row)
+    return replace(vae, latents_mean=(0.0,) * vae.z_dim, latents_std=(1.0,) * vae.z_dim)
+
+
+def _replace_statistics(vae: VAEConfig, other: VAEConfig) -> VAEConfig:
+    return replace(vae, latents_mean=other.latents_mean, latents_std=other.latents_std)
 
 
 def _count(specs: Specs, pattern: str, where: str) -> int:

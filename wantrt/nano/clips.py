@@ -95,7 +95,7 @@ def draw_coverage(shapes: list[str], paths: Paths, size: tuple[int, int]) -> Ten
     inner = inner.view(-1, 1, 1, 1)
     edge_x, edge_y = inner * cosine - 1, inner * sine  # direction of the edge, outer radius 1
     length = torch.hypot(edge_x, edge_y)
-    outside = (folded.cos().mul_(distance) - outer) * (edge_y / length)
+    outside: Tensor = (folded.cos().mul_(distance) - outer) * (edge_y / length)
     outside -= folded.sin_().mul_(distance) * (edge_x / length)
     return outside.neg_().add_(0.5).clamp_(0, 1)
 

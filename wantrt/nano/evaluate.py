@@ -119,6 +119,7 @@ def main() -> None:
     with Pipeline.load(arguments.bundle, arguments.runtime) as pipeline:
         report = {"generated": evaluate_prompts(pipeline, prompts[: arguments.prompts or None])}
     vae = open_checkpoint(arguments.checkpoint, "nano").load("vae", torch.float32)
+    assert isinstance(vae, VAE)
     report["vae"] = evaluate_vae(vae, arguments.clips)
     text = json.dumps(report, indent=2)
     print(text)

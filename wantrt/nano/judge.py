@@ -5,6 +5,7 @@ outline is told by rotation moments (a shape with n corners has an n-fold moment
 motion by how place, area and angle change. Knows nothing of prompts or models; numpy alone.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,11 +137,7 @@ def tell_motion(track: Track, shape: str | None) -> str | None:
     return None
 
 
-def nearest(
-    value: Array,
-    known: dict[str, tuple[int, int, int]] | dict[str, tuple[float, ...]],
-    limit: float,
-) -> str | None:
+def nearest(value: Array, known: Mapping[str, Sequence[float]], limit: float) -> str | None:
     """The name of the nearest known value, None if all are further than the limit."""
     distances = {name: float(np.linalg.norm(value - v)) for name, v in known.items()}
     best = min(distances, key=distances.__getitem__)

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from wantrt.models.vae import VAE, Caches
 from wantrt.nano.clips import draw_clips, random_scenes
+from wantrt.nano.processes import barrier, rank, world_size
 from wantrt.nano.scenes import Scene, split
 from wantrt.nano.train_vae import to_signal
 
-CHUNK = 16  # clips encoded at once
+CHUNK = 64  # clips encoded at once
 
 
 def training_scenes(count: int, seed: int) -> list[Scene]:
@@ -20,23 +21,28 @@ def training_scenes(count: int, seed: int) -> list[Scene]:
 
 
 @torch.no_grad()
-def encode_clips(vae: VAE, scenes: list[Scene], seed: int, file: Path) -> Tensor:
-    """Latent means [N, z, F, H/8, W/8] in float16, not normalised; resumable through `file`."""
-    parts = torch.load(file, weights_only=True) if file.exists() else []
-    for i in range(sum(map(len, parts)), len(scenes), CHUNK):
-        clips = to_signal(draw_clips(scenes[i : i + CHUNK], seed + i).permute(0, 4, 1, 2, 3))
-        parts.append(vae.encoder.stream(clips, Caches(None)).chunk(2, dim=1)[0].half())
-        if len(parts) % 32 == 0:
-            torch.save(parts, file)
-    torch.save(parts, file)
-    return torch.cat(parts)
+def encode_clips(vae: VAE, scenes: list[Scene], seed: int, folder: Path) -> Tensor:
+    """Latent means [N, z, F, H/8, W/8] in float16, not normalised.
+
+    One file a chunk in `folder`, so that a second run goes on; the processes share the work.
+    """
+    folder.mkdir(exist_ok=True)
+    starts = range(0, len(scenes), CHUNK)
+    for start in starts[rank() :: world_size()]:
+        file = folder / f"{start:06}.pt"
+        if not file.exists():
+            drawn = draw_clips(scenes[start : start + CHUNK], seed + start)
+            moments = vae.encoder.stream(to_signal(drawn.permute(0, 4, 1, 2, 3)), Caches(None))
+            torch.save(moments.chunk(2, dim=1)[0].half(), file)
+    barrier()
+    return torch.cat([torch.load(folder / f"{start:06}.pt", weights_only=True) for start in starts])
 
 
 @torch.no_grad()
 def latent_statistics(
     vae: VAE, latents: Tensor, clips: Tensor
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, standard deviation) of each latent channel, for the VAE's config.
+    """(mean, standard deviation) of each latent channel, for the VAE's config; four decimals.
 
     The deviation counts the encoder's own uncertainty (from a few `clips` [B, 3, T, H, W]): a
     channel that the clips do not need stays small instead of being blown up to unit noise.
@@ -45,4 +51,9 @@ def latent_statistics(
     log_variance = vae.encoder.stream(clips, Caches(None)).chunk(2, dim=1)[1]
     spread = log_variance.exp().transpose(0, 1).flatten(1).mean(dim=1)
     deviation = (means.var(dim=1) + spread).sqrt()
-    return tuple(means.mean(dim=1).tolist()), tuple(deviation.tolist())
+    return _rounded(means.mean(dim=1)), _rounded(deviation)
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    """As they are written into the table of variants."""
+    return tuple(round(value, 4) for value in values.tolist())

@@ -1,4 +1,4 @@
-"""The training loop of both stages: steps, a log, an average, and a file to go on from."""
+"""The training loop of all stages: steps, a log, an average, and a file to go on from."""
 
 import time
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wantrt.nano.optim import Average, Optimiser
+from wantrt.nano.processes import rank, sum_in_place, world_size
 
 SAVE_EVERY = 250
 LOG_EVERY = 50
@@ -35,15 +36,18 @@ def train(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         mean.weights, first = state["average"], state["step"]
-    torch.manual_seed(seed + first)
+    torch.manual_seed(seed + first + 1_000_000 * rank())
     total, start = 0.0, time.monotonic()
     with file.with_suffix(".csv").open("a", buffering=1) as log:
         for step in range(first, num_steps):
             value = loss()
-            value.backward()  # type: ignore[no-untyped-call]
+            (value / world_size()).backward()
+            sum_in_place([p.grad for p in model.parameters() if p.grad is not None])
             optimiser.step(step)
             mean.update(model, step)
-            total += float(value)
+            total += value.item()
+            if rank() > 0:
+                continue
             if (step + 1) % LOG_EVERY == 0:
                 log.write(f"{step + 1},{total / LOG_EVERY:.4f},{time.monotonic() - start:.0f}\n")
                 total = 0.0

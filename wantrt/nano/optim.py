@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from wantrt.nano.processes import rank, sum_in_place, world_size
+
 MOMENTUM = 0.95
 
 
@@ -22,20 +24,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                momentum = state.setdefault("momentum", torch.zeros_like(weight))
+            steps = []
+            for index, weight in enumerate(group["params"]):
+                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
                 momentum.lerp_(weight.grad, 1 - MOMENTUM)
                 direction = weight.grad.lerp(momentum, MOMENTUM).flatten(1)
-                scale = 0.2 * math.sqrt(max(direction.shape))
-                step = orthogonalise(direction).view_as(weight)
-                weight.add_(step, alpha=-group["lr"] * scale)
+                if index % world_size() == rank():  # the processes share this work
+                    steps.append(orthogonalise(direction))
+                else:
+                    steps.append(torch.zeros_like(direction))
+            sum_in_place(steps)
+            for weight, step in zip(group["params"], steps, strict=True):
+                scale = 0.2 * math.sqrt(max(step.shape))
+                weight.add_(step.view_as(weight), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Push all singular values of a matrix towards one: Newton-Schulz, quintic."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+    x: Tensor = wide / (wide.norm() + 1e-7)
     for _ in range(iterations):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x

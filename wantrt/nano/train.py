@@ -1,45 +1,71 @@
 """The recipe of the nano checkpoint: ``python -m wantrt.nano.train --out FOLDER``.
 
 Draws the clips, trains the VAE, encodes the clips, trains the transformer with its text encoder,
-and writes ``FOLDER/checkpoint`` in the Diffusers layout. Two hours on two CPU cores. Every stage
-leaves its state in FOLDER and a second run goes on from there; delete a file to redo its stage.
+and writes ``FOLDER/checkpoint`` in the Diffusers layout. Two hours on two CPU cores, with
+
+    torchrun --nproc-per-node 2 -m wantrt.nano.train --out FOLDER
+
+Every stage leaves its state in FOLDER and a second run goes on from there; delete a file to redo
+its stage.
 """
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from wantrt.config import VARIANTS
 from wantrt.nano.export import export_checkpoint
 from wantrt.nano.latents import encode_clips, latent_statistics, training_scenes
+from wantrt.nano.processes import rank
 from wantrt.nano.train_dit import train_dit
-from wantrt.nano.train_vae import held_out_pixels, train_vae
+from wantrt.nano.train_vae import held_out_pixels, refine_decoder, train_vae
 
-NUM_CLIPS = 5000
+NUM_CLIPS = 3072
 VAE_STEPS = 1200
-DIT_STEPS = 10_000
+DECODER_STEPS = 700
+DIT_STEPS = 6000
 
 
-def train_nano(folder: Path, *, vae_steps: int, num_clips: int, dit_steps: int, seed: int) -> Path:
+def train_nano(
+    folder: Path,
+    *,
+    vae_steps: int = VAE_STEPS,
+    decoder_steps: int = DECODER_STEPS,
+    num_clips: int = NUM_CLIPS,
+    dit_steps: int = DIT_STEPS,
+    seed: int = 0,
+    compiled: bool = False,
+) -> Path:
     """Run the stages that are not done yet; returns the checkpoint's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     variant = VARIANTS["nano"]
     vae = train_vae(variant.vae, folder / "vae.pt", vae_steps, seed)
+    refine_decoder(vae, folder / "decoder.pt", decoder_steps, seed)
     scenes = training_scenes(num_clips, seed)
-    means = encode_clips(vae, scenes, seed, folder / "latents.pt")
+    means = encode_clips(vae, scenes, seed, folder / "latents")
     mean, deviation = latent_statistics(vae, means, held_out_pixels(8))
     variant = replace(variant, vae=replace(variant.vae, latents_mean=mean, latents_std=deviation))
     scale = [torch.tensor(v).view(1, -1, 1, 1, 1) for v in (mean, deviation)]
     latents = ((means.float() - scale[0]) / scale[1]).half()
     dit = variant.experts[0].dit
     model = train_dit(
-        dit, variant.text_encoder, latents, scenes, folder / "dit.pt", dit_steps, seed
+        dit,
+        variant.text_encoder,
+        latents,
+        scenes,
+        folder / "dit.pt",
+        num_steps=dit_steps,
+        seed=seed,
+        compiled=compiled,
     )
     checkpoint = folder / "checkpoint"
     parts = {"transformer": model.dit, "text_encoder": model.text_encoder, "vae": vae}
-    export_checkpoint(variant, parts, checkpoint)
+    if rank() == 0:
+        export_checkpoint(variant, parts, checkpoint)
     return checkpoint
 
 
@@ -47,18 +73,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
+    parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
     parser.add_argument("--clips", type=int, default=NUM_CLIPS)
     parser.add_argument("--dit-steps", type=int, default=DIT_STEPS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
     arguments = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:  # started by torchrun
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
     checkpoint = train_nano(
         arguments.out,
         vae_steps=arguments.vae_steps,
+        decoder_steps=arguments.decoder_steps,
         num_clips=arguments.clips,
         dit_steps=arguments.dit_steps,
         seed=arguments.seed,
+        compiled=arguments.compile,
     )
-    print(checkpoint)
+    if rank() == 0:
+        print(checkpoint)
 
 
 if __name__ == "__main__":

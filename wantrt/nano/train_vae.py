@@ -56,6 +56,30 @@ def vae_loss(model: VAE, pixels: Tensor) -> Tensor:
     return difference.abs().mean() + difference.square().mean() + 0.25 * edges + KL_WEIGHT * kl
 
 
+def refine_decoder(vae: VAE, file: Path, num_steps: int, seed: int = 0) -> None:
+    """Train the decoder alone, for sharper edges; the encoder, and so the latents, stay.
+
+    What counts here is each crop's root mean square error, which is its PSNR. The latents carry a
+    part of the encoder's uncertainty, so that the decoder stays forgiving.
+    """
+    decoder = vae.decoder.requires_grad_(True).train()
+    pool = training_pixels(POOL, seed + 1)
+
+    def loss() -> Tensor:
+        pixels = random_crops(pool, BATCH)
+        with torch.no_grad():
+            mean, log_variance = vae.encoder.stream(pixels, Caches(None)).chunk(2, dim=1)
+            latent = mean + 0.3 * torch.randn_like(mean) * (0.5 * log_variance).exp()
+        difference = decoder.stream(latent, Caches(None)) - pixels
+        return difference.square().flatten(1).mean(dim=1).sqrt().mean() + difference.abs().mean()
+
+    weights = train(
+        decoder, loss, file, num_steps=num_steps, lr=LEARNING_RATE, average=0.99, seed=seed
+    )
+    decoder.load_state_dict(weights)
+    decoder.eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
     """Start near the identity: signals of ordinary size, quiet residual branches, no time mixing.
