@@ -158,7 +158,7 @@ def test_build_prints_where_the_bundle_is(wantrt, tmp_path: Path) -> None:
         (["--variant", "nano", "--weights", "baked"], "not there yet"),
         (["--checkpoint", "/nowhere/at/all"], "no checkpoint"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_built_is_one_error(wantrt, arguments: list[str], message: str) -> None:
     ran = wantrt("build", *arguments)
@@ -242,7 +242,7 @@ def test_latents_are_saved_and_started_from(wantrt, tmp_path: Path) -> None:
         (["--out", "blocked/x.mp4"], "cannot write"),
         (["--bundle", "nothing-here"], "not a bundle"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_error_and_no_file(
     wantrt, tmp_path: Path, arguments: list[str], message: str

@@ -30,6 +30,7 @@ from wantrt.manifest import (
     read_manifest,
 )
 from wantrt.models.components import Component, part_components
+from wantrt.names import check_name
 from wantrt.pieces import (
     BuildLog,
     Built,
@@ -46,7 +47,6 @@ from wantrt.pieces import (
     write_log,
 )
 from wantrt.runtime.loading import choose_runtime
-from wantrt.schedulers.grids import check_name
 from wantrt.session import PRECISIONS, TensorSpec
 from wantrt.tasks import require_task
 

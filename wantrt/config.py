@@ -7,10 +7,9 @@ Sources: the official Wan-Video/Wan2.1 and Wan-Video/Wan2.2 repositories (``wan/
 of the command line) and the published ``config.json`` files.
 """
 
-import difflib
 from dataclasses import dataclass, field, replace
 
-from wantrt.errors import SettingsError
+from wantrt.names import check_name
 
 Size = tuple[int, int]  # (width, height) in pixels, written 832x480
 
@@ -507,8 +506,5 @@ VARIANTS: dict[str, Variant] = {
 def find_variant(name: str) -> Variant:
     """The row of a name or alias, in any case. Raises SettingsError with the nearest known name."""
     known = {alias: row for row in VARIANTS.values() for alias in (row.name, *row.aliases)}
-    if name.lower() in known:
-        return known[name.lower()]
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise SettingsError(f"unknown variant {name!r}; {hint}There are: {', '.join(VARIANTS)}")
+    check_name("variant", name.lower(), known)
+    return known[name.lower()]

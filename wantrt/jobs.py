@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wantrt.errors import SettingsError
-from wantrt.schedulers.grids import check_name
+from wantrt.names import check_name
 
 SLUG_LENGTH = 48
 

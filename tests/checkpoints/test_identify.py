@@ -6,9 +6,9 @@ import os
 import pytest
 
 from tests.checkpoints.small import make_small, write_small
-from wantrt.checkpoints import find_variant, open_checkpoint
+from wantrt.checkpoints import open_checkpoint
 from wantrt.checkpoints.variants import identify
-from wantrt.config import DIT_1_3B, DIT_14B, VAE_2_1, VARIANTS, TextEncoderConfig
+from wantrt.config import DIT_1_3B, DIT_14B, VAE_2_1, VARIANTS, TextEncoderConfig, find_variant
 from wantrt.errors import CheckpointError, SettingsError, UnsupportedTaskError
 
 TEXT = TextEncoderConfig()
@@ -20,7 +20,7 @@ def test_names_and_aliases(name):
 
 
 def test_unknown_variant_is_told_its_neighbour():
-    with pytest.raises(SettingsError, match=r"'t2v-13b'.*Did you mean t2v-1.3b\?"):
+    with pytest.raises(SettingsError, match=r"'t2v-13b'.*did you mean t2v-1.3b\?"):
         find_variant("t2v-13b")
 
 

@@ -16,8 +16,8 @@ from wantrt.checkpoints.generate import GeneratedTensors
 from wantrt.checkpoints.hub import fetch
 from wantrt.checkpoints.names import Layout
 from wantrt.checkpoints.tensors import StoredTensors
-from wantrt.checkpoints.variants import find_variant, identify, with_dimensions
-from wantrt.config import VARIANTS, DiTConfig, TextEncoderConfig, VAEConfig, Variant
+from wantrt.checkpoints.variants import identify, with_dimensions
+from wantrt.config import VARIANTS, DiTConfig, TextEncoderConfig, VAEConfig, Variant, find_variant
 from wantrt.errors import CheckpointError, SettingsError, UnsupportedTaskError
 
 log = logging.getLogger("wantrt")

@@ -1,23 +1,12 @@
 """Which variant a checkpoint is: the row of the table with its task and dimensions, or `custom`."""
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from wantrt.checkpoints.configs import differences
 from wantrt.config import VARIANTS, DiTConfig, TextEncoderConfig, VAEConfig, Variant
-from wantrt.errors import CheckpointError, SettingsError
-
-
-def find_variant(name: str) -> Variant:
-    """The row called `name` (or an alias of it), whatever its case."""
-    by_name = {known: row for row in VARIANTS.values() for known in (row.name, *row.aliases)}
-    if row := by_name.get(name.lower()):
-        return row
-    close = difflib.get_close_matches(name.lower(), by_name, n=1)
-    hint = f"Did you mean {close[0]}? " if close else ""
-    raise SettingsError(f"unknown variant {name!r}. {hint}Known are {', '.join(VARIANTS)}.")
+from wantrt.errors import CheckpointError
 
 
 def with_dimensions(

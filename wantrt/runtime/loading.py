@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wantrt.errors import RuntimeUnavailableError, UnsupportedTaskError
-from wantrt.schedulers.grids import check_name
+from wantrt.names import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,8 @@ from typing import Any
 
 from wantrt.config import Size, Variant
 from wantrt.errors import SettingsError
-from wantrt.schedulers.grids import CONVENTIONS, SOLVERS, check_name
+from wantrt.names import check_name
+from wantrt.schedulers.grids import CONVENTIONS, SOLVERS
 
 log = logging.getLogger("wantrt")
 

@@ -14,7 +14,6 @@ Without a model of its own to follow, official Euler takes the plain shifted gri
 that few-step distilled checkpoints are trained on (4 steps, shift 5: 1000, 937, 833, 625).
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wantrt.errors import SettingsError
+from wantrt.names import check_name
 
 Array = NDArray[np.float64]
 
@@ -80,15 +80,6 @@ def count_high_noise_steps(grid: Grid, boundary_ratio: float) -> int:
     Timesteps only fall, so the rest belongs to the low-noise expert.
     """
     return int(np.count_nonzero(grid.timesteps >= boundary_ratio * TRAIN_TIMESTEPS))
-
-
-def check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
-    """Raises SettingsError, with the nearest known name, unless `name` is one of `known`."""
-    if name in known:
-        return
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise SettingsError(f"unknown {kind} {name!r}; {hint}There are: {', '.join(known)}")
 
 
 def _shift(sigmas: Array, flow_shift: float) -> Array:

@@ -23,7 +23,8 @@ import math
 
 import numpy as np
 
-from wantrt.schedulers.grids import SOLVERS, Array, check_name
+from wantrt.names import check_name
+from wantrt.schedulers.grids import SOLVERS, Array
 
 COLUMNS = ("sigma", "stride", "newer", "older")
 

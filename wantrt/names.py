@@ -1,0 +1,16 @@
+"""Names that people write: a wrong one is refused with the nearest right one."""
+
+import difflib
+from collections.abc import Iterable
+
+from wantrt.errors import SettingsError
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raises SettingsError, with the nearest known name, unless `name` is one of `known`."""
+    names = list(known)
+    if name in names:
+        return
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise SettingsError(f"unknown {kind} {name!r}; {hint}There are: {', '.join(names)}")
