@@ -36,3 +36,5 @@ def export_checkpoint(variant: Variant, modules: Mapping[str, nn.Module], folder
     checkpoint = Checkpoint(variant, None, parts, source="training")
     write_diffusers(checkpoint, folder, torch.float16)
     save_tokenizer(folder / "tokenizer")
+    index = folder / "model_index.json"  # T5TokenizerFast would make a Unigram model of our words
+    index.write_text(index.read_text().replace("T5TokenizerFast", "PreTrainedTokenizerFast"))
