@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wantrt.export.tracing import ONNX_DTYPE, Dim, Emitter, Spec, Traced, Tracer
+from wantrt.export.tracing import Emitter, Spec, Traced, Tracer
 from wantrt.linked import refuse_other_names
 
 refuse_other_names(__spec__)
@@ -78,9 +78,7 @@ def _gelu(t: Tracer, out: list[Spec], /, x: Traced, approximate: str = "none") -
 
 
 @emits("unflatten")
-def _unflatten(
-    t: Tracer, out: list[Spec], /, x: Traced, dim: int, sizes: Sequence[int | Dim]
-) -> str:
+def _unflatten(t: Tracer, out: list[Spec], /, x: Traced, dim: int, sizes: Sequence[int]) -> str:
     """Sizes that are constants anyway are written as such, which leaves −1 for one that is not."""
     dim %= len(x.spec.shape)
     known = out[0].shape[dim : dim + len(sizes)]
@@ -105,7 +103,7 @@ def _kept(x: Traced, axes: int) -> list[int]:
 
 
 @emits("view")
-def _view(t: Tracer, out: list[Spec], /, x: Traced, *sizes: int | Dim) -> str:
+def _view(t: Tracer, out: list[Spec], /, x: Traced, *sizes: int) -> str:
     known = zip(sizes, out[0].shape, strict=True)
     return t.reshape(x.value, [size if fixed is None else fixed for size, fixed in known])
 
@@ -116,9 +114,9 @@ def _unsqueeze(t: Tracer, out: list[Spec], /, x: Traced, dim: int) -> str:
 
 
 @emits("expand")
-def _expand(t: Tracer, out: list[Spec], /, x: Traced, *sizes: int | Dim) -> str:
+def _expand(t: Tracer, out: list[Spec], /, x: Traced, *sizes: int) -> str:
     """−1 keeps a size, which ONNX writes as 1."""
-    kept = [1 if isinstance(size, int) and size == -1 else size for size in sizes]
+    kept = [1 if size == -1 else size for size in sizes]
     return t.node("Expand", x.value, t.vector(kept))
 
 
@@ -296,10 +294,9 @@ def _attention(
 def _rotary_embedding(
     t: Tracer, out: list[Spec], /, x: Traced, cos: Traced, sin: Traced, num_heads: int
 ) -> str:
-    """The tables have no batch axis and ONNX wants one."""
-    batch = t.vector([t.sizes(x)[0], 1, 1])
-    tables = [t.node("Expand", table.value, batch) for table in (cos, sin)]
-    return t.node("RotaryEmbedding", x.value, *tables, interleaved=1, num_heads=num_heads)
+    return t.node(
+        "RotaryEmbedding", x.value, cos.value, sin.value, interleaved=1, num_heads=num_heads
+    )
 
 
 @emits("conv2d", "conv3d")
@@ -339,6 +336,3 @@ def _interpolate(
         coordinate_transformation_mode="asymmetric",
         nearest_mode="floor",
     )
-
-
-__all__ = ["EMITTERS", "ONNX_DTYPE", "OPSET"]

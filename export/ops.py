@@ -15,10 +15,10 @@ refuse_other_names(__spec__)
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """`rope` on heads that lie side by side. x: [B, L, C] float32; cos, sin: [L, D/2]."""
+    """`rope` on heads that lie side by side. x: [B, L, C] float32; cos, sin: [B, L, D/2]."""
     if has_torch_function((x,)):
         return handle_torch_function(rotary_embedding, (x,), x, cos, sin, num_heads)
-    return merge_heads(rope(split_heads(x, num_heads), cos, sin))
+    return merge_heads(rope(split_heads(x, num_heads), cos.unsqueeze(1), sin.unsqueeze(1)))
 
 
 def qk_norm_rope(
@@ -32,6 +32,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `wantrt.models.ops.qk_norm_rope`, rotating before the heads are split."""
     q, k, v = qkv.chunk(3, dim=-1)
+    cos, sin = cos.expand(qkv.shape[0], -1, -1), sin.expand(qkv.shape[0], -1, -1)
     q = rotary_embedding(rms_norm(q.float(), q_weight, eps), cos, sin, num_heads).to(qkv.dtype)
     k = rotary_embedding(rms_norm(k.float(), k_weight, eps), cos, sin, num_heads).to(qkv.dtype)
     return split_heads(q, num_heads), split_heads(k, num_heads), split_heads(v, num_heads)

@@ -10,7 +10,6 @@ differs is dynamic. Two examples with no symbol in common cannot hide a baked-in
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import onnx
@@ -63,13 +62,21 @@ class Traced(torch.Tensor):
             return _spec(self.examples)
 
 
-@dataclass(frozen=True)
-class Dim:
-    """A dynamic size: what it is in the two examples, and the value that holds it at run time."""
+class Dim(int):
+    """A dynamic size: what it is in the two examples, and the value that holds it at run time.
+
+    It is an int, the first example's, because torch's own argument parsers want one. Arithmetic
+    that is not spelled out here gives a plain int, which then does not fit the second example.
+    """
 
     tracer: "Tracer"
     sizes: tuple[int, int]
     value: str  # an int64 tensor of one element
+
+    def __new__(cls, tracer: "Tracer", sizes: tuple[int, int], value: str) -> "Dim":
+        dim = super().__new__(cls, sizes[0])
+        dim.tracer, dim.sizes, dim.value = tracer, sizes, value
+        return dim
 
     def __floordiv__(self, divisor: int) -> "Dim":
         if divisor == 1:
@@ -154,11 +161,11 @@ class Tracer:
             self._shapes[key] = self.node("Shape", x.value, start=start, end=end)
         return self._shapes[key]
 
-    def reshape(self, value: str, sizes: Sequence[int | Dim]) -> str:
+    def reshape(self, value: str, sizes: Sequence[int]) -> str:
         """Reshape to `sizes`, of which one may be −1."""
         return self.node("Reshape", value, self.vector(sizes))
 
-    def vector(self, sizes: Sequence[int | Dim]) -> str:
+    def vector(self, sizes: Sequence[int]) -> str:
         """The int64 vector of `sizes`, a constant if they all are."""
         runs: list[str | list[int]] = []  # values of dynamic sizes, and runs of constant ones
         for size in sizes:
@@ -171,7 +178,7 @@ class Tracer:
         values = [run if isinstance(run, str) else self.integers(run) for run in runs]
         return values[0] if len(values) == 1 else self.node("Concat", *values, axis=0)
 
-    def sizes(self, x: Traced, start: int = 0) -> list[int | Dim]:
+    def sizes(self, x: Traced, start: int = 0) -> list[int]:
         """The shape of `x` from axis `start` on: numbers, and a `Dim` where it is dynamic."""
         first, second = (example.shape for example in x.examples)
         return [

@@ -234,7 +234,7 @@ def test_attention_on_split_heads(bias):
     nodes.append(helper.make_node("Transpose", ["y4"], ["y3"], perm=[0, 2, 1, 3]))
     nodes.append(helper.make_node("Reshape", ["y3", "joined"], ["y"]))
     feeds = dict(zip(("q3", "k3", "v3"), x, strict=True)) | ({"mask": mask} if bias else {})
-    actual = run_rewritten(nodes, feeds, [heads, joined])
+    actual = run_rewritten(nodes, feeds, [heads, joined], result_rank=3)
     q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in x)
     expected = F.scaled_dot_product_attention(q, k, v, mask if bias else None, scale=0.3)
     torch.testing.assert_close(actual, expected.transpose(1, 2).flatten(2))
@@ -244,11 +244,11 @@ def test_attention_on_frames():
     """[B, T, HW, C], heads apart from the beginning, as in the VAE."""
     x = torch.randn(3, 1, 2, 6, 8)
     nodes = [helper.make_node("Attention", [*"qkv"], ["y"], name="a", scale=0.3)]
-    actual = run_rewritten(nodes, dict(zip("qkv", x, strict=True)), [])
+    actual = run_rewritten(nodes, dict(zip("qkv", x, strict=True)), [], result_rank=4)
     torch.testing.assert_close(actual, F.scaled_dot_product_attention(*x, scale=0.3))
 
 
-def run_rewritten(nodes, feeds, constants):
+def run_rewritten(nodes, feeds, constants, result_rank):
     graph = helper.make_graph(
         nodes,
         "attention",
@@ -256,7 +256,7 @@ def run_rewritten(nodes, feeds, constants):
             helper.make_tensor_value_info(n, TensorProto.FLOAT, list(x.shape))
             for n, x in feeds.items()
         ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * result_rank)],
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
