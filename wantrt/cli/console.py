@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
 
+PIPED_WIDTH = 100  # where there is no terminal to ask
 COUNTABLE = 10_000  # totals from here on are bytes, better shown in percent
 
 
@@ -43,7 +44,10 @@ class Console:
             return
         from rich.console import Console as RichConsole
 
-        console = RichConsole(highlight=False, soft_wrap=not sys.stdout.isatty())
+        piped = not sys.stdout.isatty()
+        console = RichConsole(
+            highlight=False, soft_wrap=piped, width=PIPED_WIDTH if piped else None
+        )
         for part in parts:
             console.print(part, markup=False)
 

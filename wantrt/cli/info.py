@@ -80,7 +80,7 @@ def show_machine(console: Console) -> None:
 
 def show_variant(console: Console, variant: Variant) -> None:
     """All fields, a section for each record in it."""
-    from wantrt.info import describe_sizes, variant_status
+    from wantrt.info import WORKS, describe_sizes, variant_status
 
     sections: list[Any] = [section(variant.name, variant), ""]
     shown: dict[Any, str] = {}
@@ -93,17 +93,20 @@ def show_variant(console: Console, variant: Variant) -> None:
     for name in ("text_encoder", "image_encoder", "vae"):
         if (record := getattr(variant, name)) is not None:
             sections += [section(name, record), ""]
-    parts = ("text_encoder", *(expert.name for expert in variant.experts), "vae")
-    sizes = describe_sizes(variant, dict.fromkeys(parts, "fp32"))
     status = variant_status(variant)
-    console.print(*sections, sizes_table([asdict(size) for size in sizes]), f"\ntoday: {status}")
+    if status == WORKS:
+        parts = ("text_encoder", *(expert.name for expert in variant.experts), "vae")
+        sizes = describe_sizes(variant, dict.fromkeys(parts, "fp32"))
+        sections += [sizes_table([asdict(size) for size in sizes]), ""]
+    console.print(*sections, f"today: {status}")
     console.result({**asdict(variant), "today": status})
 
 
 def section(title: str, *records: Any) -> "Table":
     """The plain fields of some records under a title; what is empty is left out."""
     rows = table()
-    rows.add_row(title, "")
+    rows.columns[0].style = ""
+    rows.add_row(title, style="bold")
     for record in filter(None, records):
         for field in fields(record):
             value = getattr(record, field.name)
