@@ -295,7 +295,7 @@ def test_ctrl_c_leaves_no_file(wantrt, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_debug_shows_where(wantrt) -> None:
-    ran = generate(wantrt, "a cat", "--size", "30x32", "--debug")
+    ran = wantrt("generate", "a cat", "--bundle", small_bundle(), "--size", "30x32", "--debug")
     assert ran.code == 2
     assert "Traceback" in ran.err
 

@@ -9,6 +9,7 @@ Weights are read from the checkpoint as a stream: at most one stack of layers is
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from wantrt.bundle import Bundle
 from wantrt.checkpoints import Checkpoint, open_checkpoint
 from wantrt.config import DiTConfig, TextEncoderConfig
-from wantrt.errors import BundleError
+from wantrt.errors import BundleError, CancelledError
 from wantrt.folder import Progress, silent
 from wantrt.models.components import Component, part_components
 from wantrt.models.dit import rope_tables, timestep_sinusoid
@@ -288,21 +289,22 @@ def compare_steps(
 def _latents(pipe: Pipeline, steps: int, label: str, progress: Progress) -> list[Tensor]:
     latents: list[Tensor] = []
 
-    def keep(stage: Stage) -> None:
+    def keep(stage: Stage) -> bool:
         if stage.latents is not None:
             latents.append(stage.latents.cpu().clone())
             progress(label, stage.done, stage.total)
+        return len(latents) < steps  # then nothing is decoded
 
     side = TRAJECTORY_CELLS * pipe.variant.size_step
-    for _ in pipe.stream(
-        PROMPT,
-        size=(side, side),
-        num_frames=TRAJECTORY_FRAMES,
-        num_inference_steps=steps,
-        seed=0,
-        callback=keep,
-    ):
-        pass
+    with suppress(CancelledError):
+        pipe(
+            PROMPT,
+            size=(side, side),
+            num_frames=TRAJECTORY_FRAMES,
+            num_inference_steps=steps,
+            seed=0,
+            callback=keep,
+        )
     return latents
 
 
