@@ -17,6 +17,7 @@ from wantrt.folder import Progress
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
+    from rich.progress import Progress as Bars
 
 PIPED_WIDTH = 100  # where there is no terminal to ask
 COUNTABLE = 10_000  # totals from here on are bytes, better shown in percent
@@ -29,6 +30,7 @@ class Console:
         self.as_json, self.quiet = as_json, quiet
         self._start = time.perf_counter()
         self._errors: RichConsole | None = None
+        self._bars: Bars | None = None
         log = logging.getLogger("wantrt")
         log.handlers = [_Warnings(self)]
         log.setLevel(logging.ERROR if quiet else logging.INFO)
@@ -48,13 +50,15 @@ class Console:
         console = RichConsole(
             highlight=False, soft_wrap=piped, width=PIPED_WIDTH if piped else None
         )
-        for part in parts:
-            console.print(part, markup=False)
+        with self._without_bars():
+            for part in parts:
+                console.print(part, markup=False)
 
     def path(self, path: object) -> None:
         """A path on a line of its own, never wrapped: it can be pasted into the next command."""
         if not self.as_json:
-            print(path)
+            with self._without_bars():
+                print(path, flush=True)
 
     def result(self, value: dict[str, Any]) -> None:
         """For machines, on stdout."""
@@ -81,6 +85,7 @@ class Console:
             TimeRemainingColumn(),
             console=self._stderr(),
             transient=True,
+            redirect_stdout=False,  # results go to stdout, wherever the bars are
         )
         tasks: dict[str, Any] = {}
 
@@ -93,7 +98,23 @@ class Console:
             bars.update(tasks[what], completed=done, total=total, count=count, visible=True)
 
         with bars:
-            yield update
+            self._bars = bars
+            try:
+                yield update
+            finally:
+                self._bars = None
+
+    @contextmanager
+    def _without_bars(self) -> Iterator[None]:
+        """Take the bars away while something is printed on stdout."""
+        bars = self._bars
+        if bars is not None:
+            for task in bars.tasks:
+                bars.update(task.id, visible=False)
+            bars.stop()
+        yield
+        if bars is not None:
+            bars.start()
 
     def _stderr(self) -> "RichConsole":
         if self._errors is None:
