@@ -8,6 +8,7 @@ from wantrt.config import (
     NEGATIVE_PROMPT_FLF2V,
     NEGATIVE_PROMPT_I2V,
     NEGATIVE_PROMPT_S2V,
+    TASKS,
     VAE_2_1,
     VAE_2_2,
     VARIANTS,
@@ -19,7 +20,6 @@ from wantrt.errors import SettingsError
 from wantrt.models.dit import DiT
 from wantrt.models.umt5 import TextEncoder
 from wantrt.models.vae import VAE
-from wantrt.tasks import TASKS
 
 S480, S720 = ((832, 480), (480, 832)), ((1280, 720), (720, 1280))
 
@@ -148,3 +148,8 @@ def test_variants_are_found_by_alias_in_any_case(name: str, found: str) -> None:
 def test_unknown_variant_gets_the_nearest_name() -> None:
     with pytest.raises(SettingsError, match="did you mean t2v-a14b"):
         find_variant("t2v-a15b")
+
+
+def test_custom_is_no_variant_to_ask_for() -> None:
+    with pytest.raises(SettingsError, match="Leave the variant out"):
+        find_variant("custom")

@@ -48,7 +48,6 @@ from wantrt.pieces import (
 )
 from wantrt.runtime.loading import choose_runtime
 from wantrt.session import PRECISIONS, TensorSpec
-from wantrt.tasks import require_task
 
 TOKENIZER = "tokenizer/tokenizer.json"
 GRAPH_BYTES = 2**16  # about; they hold no weights
@@ -191,7 +190,6 @@ def plan_build(
     """
     chosen = choose_precision(runtime, precision)
     opened = open_checkpoint(checkpoint, variant)
-    require_task(opened.variant)
     folder = Path(out) if out is not None else Path(f"{opened.variant.name}-{chosen}")
     parts = dict.fromkeys(opened.parts, chosen)
     pieces = [_tokenizer_piece(opened.tokenizer)] if opened.tokenizer else []

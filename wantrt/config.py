@@ -9,6 +9,7 @@ of the command line) and the published ``config.json`` files.
 
 from dataclasses import dataclass, field, replace
 
+from wantrt.errors import SettingsError, UnsupportedTaskError
 from wantrt.names import check_name
 
 Size = tuple[int, int]  # (width, height) in pixels, written 832x480
@@ -503,8 +504,23 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+TASKS = ("t2v",)  # that work today; what each does before the loop is in wantrt/tasks
+
+
 def find_variant(name: str) -> Variant:
     """The row of a name or alias, in any case. Raises SettingsError with the nearest known name."""
     known = {alias: row for row in VARIANTS.values() for alias in (row.name, *row.aliases)}
+    if name.lower() == "custom":
+        raise SettingsError(
+            "custom is what a checkpoint becomes whose dimensions are those of no variant. "
+            "Leave the variant out and name the checkpoint: wantrt build --checkpoint FOLDER"
+        )
     check_name("variant", name.lower(), known)
     return known[name.lower()]
+
+
+def require_task(task: str, name: str) -> None:
+    """Raise UnsupportedTaskError, in one line, for a task that is not there yet."""
+    if task not in TASKS:
+        ready = ", ".join(row.name for row in VARIANTS.values() if row.task in TASKS)
+        raise UnsupportedTaskError(f"{name}: task {task} is not there yet; today: {ready}")

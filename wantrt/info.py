@@ -13,9 +13,8 @@ from math import prod
 from pathlib import Path
 
 from wantrt.bundle import Bundle
-from wantrt.config import Expert, Size, Variant
+from wantrt.config import TASKS, Expert, Size, Variant
 from wantrt.runtime.loading import COMING, RUNTIMES
-from wantrt.tasks import TASKS
 
 WORKS, NOT_YET = "works", "not yet"
 

@@ -129,6 +129,11 @@ def test_weights_that_are_not_finite_are_found(official):
         ({"model_type": "x2v"}, "model_type is 'x2v'"),
         ({"num_layers": 3}, "blocks.2.modulation"),
         ({"qk_norm": False}, "'qk_norm' is False"),
+        ({"model_type": ["t2v"]}, "model_type is ['t2v']"),
+        ({"eps": float("nan")}, "'eps' is nan"),
+        ({"freq_dim": 33}, "freq_dim is 33"),
+        ({"patch_size": [2, 2, 2]}, "patch_size is (2, 2, 2)"),
+        ({"in_dim": 36}, "not text to video"),
     ],
 )
 def test_impossible_configs(official, change, expected):
@@ -141,6 +146,32 @@ def test_impossible_configs(official, change, expected):
 def test_configs_that_are_no_json_object(official, text):
     (official / "config.json").write_text(text)
     assert "config.json" in error_of(official)
+
+
+@pytest.mark.parametrize(
+    "name, change, expected",
+    [
+        ("vae/config.json", {"dim_mult": [1, 2, 4, -4]}, "dim_mult is [1, 2, 4, -4]"),
+        ("vae/config.json", {"dim_mult": [1, 2, 4, 1 << 40]}, "dim_mult"),
+        ("vae/config.json", {"latents_std": [0.0] * 16}, "latents_std above 0"),
+        ("vae/config.json", {"latents_mean": [float("inf")] * 16}, "finite latents_mean"),
+        ("scheduler/scheduler_config.json", {"flow_shift": "5"}, "'flow_shift' is '5'"),
+        ("model_index.json", {"transformer_2": ["diffusers", "X"]}, "no transformer_2/config.json"),
+    ],
+)
+def test_impossible_diffusers_configs(diffusers, name, change, expected):
+    path = diffusers / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert expected in error_of(diffusers)
+
+
+def test_text_encoder_whose_attention_falls_into_no_whole_heads(official):
+    path = official / "models_t5_umt5-xxl-enc-bf16.pth"
+    tensors = torch.load(path)
+    for layer in range(2):
+        tensors[f"blocks.{layer}.pos_embedding.embedding.weight"] = torch.zeros(32, 5)
+    torch.save(tensors, path)
+    assert "64 channels of attention do not make 5 heads" in error_of(official)
 
 
 # -- Safetensors ----------------------------------------------------------------------------------

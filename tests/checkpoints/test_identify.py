@@ -77,7 +77,7 @@ def test_tasks_that_are_not_there_yet_say_so_in_one_line(variant):
 def test_the_task_is_read_from_the_files(tmp_path, layout, name, change, task):
     path = write_small(tmp_path, layout) / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UnsupportedTaskError, match=f"is a {task} checkpoint"):
+    with pytest.raises(UnsupportedTaskError, match=f"task {task} is not there yet"):
         open_checkpoint(tmp_path)
 
 

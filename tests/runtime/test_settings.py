@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 
 from wantrt.config import NEGATIVE_PROMPT, VARIANTS
 from wantrt.errors import SettingsError
@@ -68,6 +69,10 @@ def test_seed_is_drawn_once_and_kept():
         ({"convention": "oficial"}, "official"),
         ({"noise": "cudo"}, "cuda"),
         ({"guidance_scale_2": 3.0}, "one expert"),
+        ({"guidance_scale": float("nan")}, "finite"),
+        ({"num_inference_steps": 0}, "use 1 to 1000"),
+        ({"flow_shift": 0.0}, "positive number"),
+        ({"seed": -1}, "use 0 to"),
     ],
 )
 def test_wrong_settings_name_what_is_right(wrong, offered):
@@ -84,3 +89,14 @@ def test_empty_prompt_is_warned_about(caplog):
     with caplog.at_level(logging.WARNING, logger="wantrt"):
         resolve(T2V, {}, prompt="  ")
     assert "prompt is empty" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_noise_of_a_gpu_needs_one():
+    with pytest.raises(SettingsError, match="--noise cpu"):
+        resolve(T2V, {}, prompt="x", noise="cuda")
+
+
+def test_a_recorded_shift_of_null_is_none():
+    recorded = {"scheduler_config": {"flow_shift": None, "shift": None}}
+    assert resolve(T2V, recorded, prompt="x", convention="diffusers").flow_shift == T2V.flow_shift

@@ -161,6 +161,11 @@ class Checkpoint:
                     f"{expert.name} makes latents of {expert.dit.out_channels} channels, "
                     f"the VAE takes {self.variant.vae.z_dim}"
                 )
+            if self.variant.task == "t2v" and expert.dit.in_channels != expert.dit.out_channels:
+                yield (
+                    f"{expert.name} takes {expert.dit.in_channels} channels and makes "
+                    f"{expert.dit.out_channels}: not text to video"
+                )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,6 +4,7 @@ The official transformer has a ``config.json`` that leaves out what never varies
 and UMT5 have none, and every dimension of theirs shows in a shape.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -40,8 +41,9 @@ class Fields:
 
     def number(self, key: str, default: float) -> float:
         value = self.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self._wrong(key, "a number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            raise self._wrong(key, "a positive number")
         return float(value)
 
     def sequence(self, key: str, kind: type | tuple[type, ...], default: Sequence[Any]) -> Any:
@@ -100,7 +102,7 @@ def official_dit(config: Fields, specs: Specs, where: str) -> DiTConfig:
         vace_layers=config.sequence("vace_layers", int, ()),
         vace_channels=config.integer("vace_in_dim") if "vace_in_dim" in config else None,
     )
-    return _whole_heads(dit, config)
+    return checked_dit(dit, str(config.path))
 
 
 def diffusers_dit(config: Fields) -> DiTConfig:
@@ -131,19 +133,24 @@ def diffusers_dit(config: Fields) -> DiTConfig:
         vace_channels=config.integer("vace_in_channels") if "vace_in_channels" in config else None,
     )
     if "text_len" in config:
-        return _whole_heads(replace(dit, text_len=config.integer("text_len")), config)
+        dit = replace(dit, text_len=config.integer("text_len"))
+        return checked_dit(dit, str(config.path))
     known = (expert.dit for variant in VARIANTS.values() for expert in variant.experts)
     lengths = (other.text_len for other in known if replace(other, text_len=dit.text_len) == dit)
-    return _whole_heads(replace(dit, text_len=next(lengths, dit.text_len)), config)
+    dit = replace(dit, text_len=next(lengths, dit.text_len))
+    return checked_dit(dit, str(config.path))
 
 
-def _whole_heads(dit: DiTConfig, config: Fields) -> DiTConfig:
-    if len(dit.patch_size) != 3 or min(dit.patch_size) < 1:
-        raise CheckpointError(f"{config.path}: patch_size is {dit.patch_size}. Expected (1, 2, 2).")
+def checked_dit(dit: DiTConfig, where: str) -> DiTConfig:
+    """`dit` if these are dimensions that a transformer can have."""
+    if len(dit.patch_size) != 3 or dit.patch_size[0] != 1 or len({*dit.patch_size[1:]}) != 1:
+        raise CheckpointError(f"{where}: patch_size is {dit.patch_size}. Expected (1, 2, 2).")
     if dit.dim % dit.num_heads or dit.head_dim % 2:
         raise CheckpointError(
-            f"{config.path}: {dit.dim} channels do not make {dit.num_heads} heads of an even width."
+            f"{where}: {dit.dim} channels do not make {dit.num_heads} heads of an even width."
         )
+    if dit.freq_dim % 2:
+        raise CheckpointError(f"{where}: freq_dim is {dit.freq_dim}. Expected an even number.")
     return dit
 
 
@@ -213,12 +220,25 @@ def diffusers_vae(config: Fields) -> VAEConfig:
             f"{config.path}: temperal_downsample has {len(vae.temporal_downsample)} values. "
             f"Expected one fewer than dim_mult, which has {len(vae.dim_multipliers)}."
         )
+    if not all(0 < multiplier <= MAX_LAYERS for multiplier in vae.dim_multipliers):
+        raise CheckpointError(
+            f"{config.path}: dim_mult is {list(vae.dim_multipliers)}. Expected numbers from 1 to "
+            f"{MAX_LAYERS}."
+        )
     if not vae.latents_mean and not vae.latents_std:
         return with_statistics(vae)
     if len(vae.latents_mean) != vae.z_dim or len(vae.latents_std) != vae.z_dim:
         raise CheckpointError(
             f"{config.path}: latents_mean has {len(vae.latents_mean)} and latents_std "
             f"{len(vae.latents_std)} values. Expected z_dim = {vae.z_dim} of each."
+        )
+    if (
+        not all(map(math.isfinite, (*vae.latents_mean, *vae.latents_std)))
+        or min(vae.latents_std) <= 0
+    ):
+        raise CheckpointError(
+            f"{config.path}: expected finite latents_mean, and latents_std above 0, by which "
+            "latents are divided."
         )
     return vae
 
@@ -252,7 +272,7 @@ def official_text_encoder(specs: Specs, where: str) -> TextEncoderConfig:
     """From shapes; the position table [buckets, heads] gives the number of heads."""
     vocab_size, dim = shape_of(specs, "token_embedding.weight", 2, where)
     buckets, heads = shape_of(specs, "blocks.0.pos_embedding.embedding.weight", 2, where)
-    return TextEncoderConfig(
+    text_encoder = TextEncoderConfig(
         vocab_size=vocab_size,
         dim=dim,
         attention_dim=shape_of(specs, "blocks.0.attn.q.weight", 2, where)[0],
@@ -261,6 +281,7 @@ def official_text_encoder(specs: Specs, where: str) -> TextEncoderConfig:
         num_layers=_count(specs, r"blocks\.(\d+)\.", where),
         num_buckets=buckets,
     )
+    return checked_text_encoder(text_encoder, where)
 
 
 def diffusers_text_encoder(config: Fields) -> TextEncoderConfig:
@@ -279,6 +300,16 @@ def diffusers_text_encoder(config: Fields) -> TextEncoderConfig:
         max_distance=config.integer("relative_attention_max_distance", 128),
         eps=config.number("layer_norm_epsilon", 1e-6),
     )
+
+
+def checked_text_encoder(text_encoder: TextEncoderConfig, where: str) -> TextEncoderConfig:
+    """`text_encoder` if its attention falls into whole heads."""
+    if text_encoder.attention_dim % text_encoder.num_heads:
+        raise CheckpointError(
+            f"{where}: {text_encoder.attention_dim} channels of attention do not make "
+            f"{text_encoder.num_heads} heads."
+        )
+    return text_encoder
 
 
 def differences(ours: object, theirs: object) -> list[str]:

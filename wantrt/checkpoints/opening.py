@@ -17,15 +17,23 @@ from wantrt.checkpoints.hub import fetch
 from wantrt.checkpoints.names import Layout
 from wantrt.checkpoints.tensors import StoredTensors
 from wantrt.checkpoints.variants import identify, with_dimensions
-from wantrt.config import VARIANTS, DiTConfig, TextEncoderConfig, VAEConfig, Variant, find_variant
-from wantrt.errors import CheckpointError, SettingsError, UnsupportedTaskError
+from wantrt.config import (
+    VARIANTS,
+    DiTConfig,
+    TextEncoderConfig,
+    VAEConfig,
+    Variant,
+    find_variant,
+    require_task,
+)
+from wantrt.errors import CheckpointError, SettingsError
 
 log = logging.getLogger("wantrt")
 
-TASKS = ("t2v",)  # whose tensors the name maps know
 NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 RANDOM = re.compile(r"random:(\d+)(?::(.*))?")
+NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
 
 DIT_STEM = "diffusion_pytorch_model"
 OFFICIAL_VAE_STEM = "*_VAE"
@@ -54,7 +62,7 @@ def open_checkpoint(source: str | Path | None = None, variant: str | None = None
     """
     requested = None if variant is None else find_variant(variant)
     if requested is not None:
-        _require_task(requested.task, requested.name)
+        require_task(requested.task, requested.name)
     text = str(source) if source is not None else _default_source(requested)
     if text.startswith("random:"):
         checkpoint = _generated(text, requested or VARIANTS["nano"])
@@ -84,13 +92,6 @@ def _default_source(requested: Variant | None) -> str:
     if requested.repo_id is None:
         raise SettingsError(f"{requested.name} has no repository. Name one with --checkpoint.")
     return requested.repo_id
-
-
-def _require_task(task: str, where: str) -> None:
-    if task not in TASKS:
-        raise UnsupportedTaskError(
-            f"{where} is a {task} checkpoint: that task is not there yet; today: {', '.join(TASKS)}"
-        )
 
 
 # -- Generated ------------------------------------------------------------------------------------
@@ -132,20 +133,27 @@ def _resized(row: Variant, changes: str) -> Variant:
         part, _, name = path.strip().rpartition(".")
         part = part or "dit"
         known = [f.name for f in fields(kinds[part]) if f.type is int] if part in kinds else []
-        if name not in known or not value.strip().isdigit() or int(value) < 1:
+        largest = configs.MAX_LAYERS if name == "num_layers" else configs.MAX_DIM
+        number = int(value) if NUMBER.fullmatch(value) else 0
+        if name not in known or not 0 < number <= largest:
             raise SettingsError(
-                f"random: cannot set {change!r}. Expected [vae.|text_encoder.]field=number"
-                + (f" with one of {', '.join(known)}." if known else ".")
+                f"random: cannot set {change!r}. Expected [vae.|text_encoder.]field=number, from 1 "
+                f"to {largest}" + (f", with one of {', '.join(known)}." if known else ".")
             )
-        given[part][name] = int(value)
-    text_encoder = replace(row.text_encoder, **given["text_encoder"])
+        given[part][name] = number
+    text_encoder = configs.checked_text_encoder(
+        replace(row.text_encoder, **given["text_encoder"]), "random, text encoder"
+    )
     vae = configs.with_statistics(replace(row.vae, **given["vae"])) if given["vae"] else row.vae
     linked: dict[str, Any] = {
         "text_dim": text_encoder.dim,
         "in_channels": vae.z_dim,
         "out_channels": vae.z_dim,
     }
-    dits = [replace(expert.dit, **(linked | given["dit"])) for expert in row.experts]
+    dits = [
+        configs.checked_dit(replace(expert.dit, **(linked | given["dit"])), "random, transformer")
+        for expert in row.experts
+    ]
     return with_dimensions(row, dits, vae, text_encoder)
 
 
@@ -198,7 +206,7 @@ class _Opening:
 
     def diffusers(self) -> Checkpoint:
         index = self.folder.json("model_index.json") or {}
-        two = self.folder.file("transformer_2/config.json") is not None
+        two = _names_second(index) or self.folder.file("transformer_2/config.json") is not None
         folders = ["transformer", "transformer_2"] if two else ["transformer"]
         config_files = [self._config(f"{folder}/config.json") for folder in folders]
         task = _diffusers_task(index, config_files[0])
@@ -213,12 +221,10 @@ class _Opening:
         dits = [configs.diffusers_dit(config) for config in config_files]
         vae_config = configs.diffusers_vae(self._config("vae/config.json"))
         text_config = configs.diffusers_text_encoder(self._config("text_encoder/config.json"))
-        recorded = {
-            "model_index": index,
-            "scheduler_config": self.folder.json("scheduler/scheduler_config.json") or {},
-        }
+        recorded = {"model_index": index, "scheduler_config": self._scheduler()}
         variant, note = self._identify(task, dits, vae_config, text_config)
-        if variant.name == "custom" and isinstance(ratio := index.get("boundary_ratio"), float):
+        ratio = index.get("boundary_ratio")
+        if variant.name == "custom" and two and isinstance(ratio, float):
             variant = replace(variant, boundary_ratio=ratio)
         return self._checkpoint(
             (variant, note),
@@ -260,13 +266,22 @@ class _Opening:
                 f"{self.source} is a {task} checkpoint, {self.requested.name} is "
                 f"{self.requested.task}. Leave --variant out to take it as it is."
             )
-        _require_task(task, self.source)
+        require_task(task, self.source)
 
     def _config(self, name: str) -> Fields:
         values = self.folder.json(name)
         if values is None:
             raise CheckpointError(f"{self.source} has no {name}. Download or copy it too.")
         return Fields(self.folder.path / name, values)
+
+    def _scheduler(self) -> dict[str, Any]:
+        """The recorded scheduler; its shift, which `--convention diffusers` takes, is a number."""
+        name = "scheduler/scheduler_config.json"
+        values = self.folder.json(name) or {}
+        for key in ("flow_shift", "shift"):
+            if values.get(key) is not None:
+                Fields(self.folder.path / name, values).number(key, 1.0)
+        return values
 
     def _all_tensors(self, stems: list[str]) -> list[StoredTensors]:
         """The tensors of every stem; one error names all that are not there."""
@@ -284,12 +299,17 @@ def _official_task(config: Fields) -> str:
     if config.values.get("_class_name") == "WanAnimateModel":
         return "animate"
     task = config.values.get("model_type")
-    if task not in {row.task for row in VARIANTS.values()}:
+    known = sorted({row.task for row in VARIANTS.values()})
+    if task not in known:
         raise CheckpointError(
-            f"{config.path} says model_type is {task!r}. "
-            f"Expected one of {', '.join(sorted({row.task for row in VARIANTS.values()}))}."
+            f"{config.path} says model_type is {task!r}. Expected one of {', '.join(known)}."
         )
     return str(task)
+
+
+def _names_second(index: dict[str, Any]) -> bool:
+    """Whether ``model_index.json`` speaks of a second transformer; [null, null] is none."""
+    return index.get("transformer_2") not in (None, [None, None])
 
 
 def _diffusers_task(index: dict[str, Any], transformer: Fields) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wantrt import __version__
 from wantrt.bundle import Bundle
-from wantrt.config import Variant
+from wantrt.config import Variant, require_task
 from wantrt.errors import CancelledError, ExecutionError, SettingsError
 from wantrt.media import Video
 from wantrt.runtime.decoder import Decoder, to_frames
@@ -37,7 +37,6 @@ from wantrt.runtime.text import TextEncoder
 from wantrt.schedulers.grids import Grid, count_high_noise_steps, make_grid
 from wantrt.schedulers.noise import draw_noise
 from wantrt.session import Device, Session
-from wantrt.tasks import require_task
 
 log = logging.getLogger("wantrt")
 
@@ -95,7 +94,7 @@ class Pipeline:
         else:
             loaded = Bundle.load(Path(bundle))
         variant = loaded.variant
-        require_task(variant)
+        require_task(variant.task, variant.name)
         chosen = choose_runtime(runtime, loaded.precision.values())
         device = chosen.make_device()
 

@@ -6,6 +6,7 @@ are those of the diffusers Wan pipelines.
 """
 
 import logging
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from wantrt.config import Size, Variant
 from wantrt.errors import SettingsError
 from wantrt.names import check_name
-from wantrt.schedulers.grids import CONVENTIONS, SOLVERS
+from wantrt.schedulers.grids import CONVENTIONS, SOLVERS, make_grid
 
 log = logging.getLogger("wantrt")
 
@@ -100,13 +101,14 @@ def resolve(
         scheduler = recorded.get("scheduler_config", {})
         scales = [DIFFUSERS_GUIDANCE_SCALE if guidance_scale is None else guidance_scale] * 2
         steps, negative = DIFFUSERS_STEPS, ""
-        shift = scheduler.get("flow_shift", scheduler.get("shift", shift))
+        written = (scheduler.get(key) for key in ("flow_shift", "shift"))
+        shift = next((value for value in written if value is not None), shift)
         kind = DIFFUSERS_SOLVERS.get(scheduler.get("_class_name", ""), kind)
     asked = (guidance_scale, guidance_scale_2)
     scales = [d if a is None else a for d, a in zip(scales, asked, strict=False)]
     solver = kind if solver is None else solver
     check_name("solver", solver, SOLVERS)
-    return Settings(
+    settings = Settings(
         prompt=prompt,
         negative_prompt=negative if negative_prompt is None else negative_prompt,
         size=size,
@@ -119,6 +121,20 @@ def resolve(
         seed=secrets.randbelow(2**32) if seed is None else seed,
         noise=noise,
     )
+    make_grid(solver, convention, settings.num_inference_steps, settings.flow_shift)  # it checks
+    if not all(map(math.isfinite, settings.guidance_scales)):
+        raise SettingsError(f"guidance is {settings.guidance_scales}; use finite numbers (Wan: 5)")
+    if not 0 <= settings.seed < 2**64:
+        raise SettingsError(f"seed is {seed}; use 0 to 2**64 - 1")
+    if noise == "cuda" and not _has_cuda():
+        raise SettingsError("noise cuda needs a GPU, and torch finds none; use --noise cpu")
+    return settings
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def check_size(variant: Variant, size: Size) -> None:
