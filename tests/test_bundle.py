@@ -50,7 +50,11 @@ def folder(tmp_path: Path) -> Path:
         variant=VARIANTS["nano"],
         checkpoint=CheckpointRecord(fingerprint="0" * 64, layout="diffusers"),
         settings={"flow_shift": 3.0},
-        parts={"transformer": PartRecord(precision="fp32", weights=(WEIGHTS, MORE_WEIGHTS))},
+        parts={
+            "text_encoder": PartRecord(precision="fp32", weights=()),
+            "transformer": PartRecord(precision="fp32", weights=(WEIGHTS, MORE_WEIGHTS)),
+            "vae": PartRecord(precision="fp32", weights=()),
+        },
         components=(
             ComponentRecord(
                 name="dit_stack",
@@ -82,7 +86,7 @@ def flip_last_byte(path: Path) -> None:
 def test_a_bundle_says_what_is_in_it(folder: Path) -> None:
     bundle = Bundle.load(folder)
     assert bundle.variant == VARIANTS["nano"]
-    assert bundle.precision == {"transformer": "fp32"}
+    assert bundle.precision["transformer"] == "fp32"
     assert bundle.stack == {"dit_stack": 5}
     assert bundle.settings == {"flow_shift": 3.0}
     assert bundle.graph("dit_stack", "transformer") == folder / GRAPH
@@ -150,6 +154,36 @@ def test_manifest_of_another_form_is_refused(
 def test_manifest_without_a_needed_field_is_refused(folder: Path) -> None:
     edit_manifest(folder, lambda m: m["variant"].pop("vae"))
     with pytest.raises(BundleError, match="variant: field vae is missing"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        (("parts",), {}),
+        (("parts", "vae", "precision"), "int8"),
+        (("variant", "sizes"), []),
+        (("variant", "experts"), []),
+        (("variant", "boundary_ratio"), 0.9),
+        (("variant", "experts", 0, "dit", "num_heads"), 0),
+        (("variant", "experts", 0, "dit", "num_heads"), 7),
+        (("variant", "text_encoder", "num_heads"), 5),
+        (("variant", "vae", "latents_std"), [1.0]),
+        (("settings",), {"scheduler_config": 5}),
+        (("settings",), {"scheduler_config": {"flow_shift": "a"}}),
+    ],
+)
+def test_manifest_that_describes_nothing_is_refused(
+    folder: Path, path: tuple[str | int, ...], value: object
+) -> None:
+    plain = json.loads((folder / MANIFEST).read_text())
+    *parents, name = path
+    record = plain
+    for key in parents:
+        record = record[key]
+    record[name] = value
+    (folder / MANIFEST).write_text(json.dumps(plain))
+    with pytest.raises(BundleError, match="Build again"):
         Bundle.load(folder)
 
 

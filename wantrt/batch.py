@@ -4,10 +4,10 @@ All that can be wrong with a job is found before the pipeline is loaded. A job t
 file and does not keep the next one from running.
 """
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from wantrt.errors import MediaError, WantrtError
 from wantrt.folder import Progress, silent
 from wantrt.jobs import Job, default_name
 from wantrt.media import VideoWriter, check_output
-from wantrt.runtime.latents import load_latents, save_latents
+from wantrt.runtime.latents import check_latents_file, load_latents, save_latents
 from wantrt.runtime.pipeline import Pipeline
 from wantrt.runtime.pipeline import Progress as Stage
 from wantrt.runtime.settings import Settings, resolve
@@ -94,9 +94,10 @@ def _check_all(
             continue
         try:
             ready = _check(bundle, job, folder, overwrite)
-            if (path := Path(ready.out).resolve()) in outs:
-                raise MediaError(f"{ready.out} is written by two prompts; name another out")
-            outs.add(path)
+            for path in filter(None, (ready.out, ready.latents)):
+                if Path(path).resolve() in outs:
+                    raise MediaError(f"{path} would be written twice; name another file")
+                outs.add(Path(path).resolve())
             yield ready
         except WantrtError as error:
             yield Failed(job.prompt, error)
@@ -109,16 +110,10 @@ def _check(bundle: Bundle, job: Job, folder: Path, overwrite: bool) -> _Ready:
     width, height = settings.size
     check_output(out, overwrite, (settings.num_frames, height, width, 3))
     if job.latents is not None:
-        _check_latents_file(job.latents, overwrite)
+        shape = settings.latent_shape(bundle.variant)
+        check_latents_file(job.latents, overwrite, prod(shape) * 4)
     init_latents = load_latents(job.init_latents) if job.init_latents else None
     return _Ready(out, settings, init_latents, job.latents)
-
-
-def _check_latents_file(path: Path, overwrite: bool) -> None:
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise MediaError(f"{path} exists: name another, or say --overwrite")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise MediaError(f"cannot write {path}: {path.absolute().parent} is not a writable folder")
 
 
 def _make(pipe: Pipeline, ready: _Ready, overwrite: bool, label: str, progress: Progress) -> Made:

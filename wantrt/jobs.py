@@ -67,12 +67,15 @@ def _parse(line: str) -> Job:
         return Job(line)
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"not JSON: {error}") from error
     for name in values:
         check_name("field", name, ("prompt", "out", *SETTINGS, *FILES))
     if not isinstance(values.get("prompt"), str):
         raise SettingsError("the field prompt, a string, is missing")
+    for name in ("out", *FILES):
+        if not isinstance(values.get(name, ""), str):
+            raise SettingsError(f"{name} is {values[name]!r}; give the path of a file")
     files = {name: Path(values[name]) for name in FILES if name in values}
     return Job(values["prompt"], _settings(values), values.get("out"), **files)
 

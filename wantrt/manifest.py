@@ -12,6 +12,7 @@ from wantrt.errors import BundleError
 from wantrt.records import from_plain, to_plain
 
 SCHEMA = 1
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,41 @@ def read_manifest(content: bytes, where: str) -> Manifest:
             "Upgrade with: pip install --upgrade wantrt"
         )
     try:
-        return from_plain(Manifest, plain)
+        manifest = from_plain(Manifest, plain)
+        _check_meaning(manifest)
     except ValueError as error:
         raise BundleError(f"{where}: {error}. Build again.") from error
+    return manifest
+
+
+def _check_meaning(manifest: Manifest) -> None:
+    """Raises ValueError for records that are well formed and describe nothing that can run."""
+    variant = manifest.variant
+    if not variant.experts or not variant.sizes:
+        raise ValueError("the variant has no expert or no size")
+    if (len(variant.experts) > 1) != (variant.boundary_ratio is not None):
+        raise ValueError("two experts and a boundary_ratio go together")
+    parts = {"text_encoder", *(expert.name for expert in variant.experts), "vae"}
+    if set(manifest.parts) != parts:
+        raise ValueError(f"parts are {sorted(manifest.parts)}, expected {sorted(parts)}")
+    if unknown := {part.precision for part in manifest.parts.values()} - set(PRECISIONS):
+        raise ValueError(f"unknown precision {', '.join(sorted(unknown))}")
+    for config in (*(expert.dit for expert in variant.experts), variant.vae, variant.text_encoder):
+        for name, value in vars(config).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name} is {value}")
+    for dit in (expert.dit for expert in variant.experts):
+        if dit.dim % dit.num_heads or dit.head_dim % 2 or len(dit.patch_size) != 3:
+            raise ValueError(f"{dit.dim} channels do not make {dit.num_heads} heads")
+    if variant.text_encoder.attention_dim % variant.text_encoder.num_heads:
+        raise ValueError("the text encoder's attention does not divide into heads")
+    if not len(variant.vae.latents_mean) == len(variant.vae.latents_std) == variant.vae.z_dim:
+        raise ValueError("the VAE's statistics are not one a channel")
+    scheduler = manifest.settings.get("scheduler_config", {})
+    if not isinstance(scheduler, dict) or not all(
+        type(scheduler.get(key)) in (int, float, type(None)) for key in ("flow_shift", "shift")
+    ):
+        raise ValueError("scheduler_config is no object with numbers for its shift")
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

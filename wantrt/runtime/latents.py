@@ -3,6 +3,8 @@
 Normalised, as the DiT sees them, so the final latents of one generation can start another.
 """
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,10 +13,24 @@ from torch import Tensor
 from wantrt.errors import MediaError
 
 
+def check_latents_file(path: Path, overwrite: bool, needed_bytes: int) -> None:
+    """Find out before any long work whether `save_latents` can write `path`. Raises MediaError."""
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise MediaError(f"{path} exists: name another, or say --overwrite")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise MediaError(f"cannot write {path}: {folder} is not a writable folder")
+    if shutil.disk_usage(folder).free < needed_bytes:
+        raise MediaError(
+            f"cannot write {path}: it needs {needed_bytes} bytes, and {folder} is full"
+        )
+
+
 def save_latents(path: Path, latents: Tensor) -> None:
     """Write latents [B, C, F, H, W] as float32, whole or not at all."""
     from safetensors.torch import save_file
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
         save_file({"latents": latents.detach().float().cpu().contiguous()}, part)

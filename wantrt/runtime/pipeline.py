@@ -295,11 +295,11 @@ class Pipeline:
         total = grid.num_inference_steps
         boundary = self.variant.boundary_ratio
         high = total if boundary is None else count_high_noise_steps(grid, boundary)
-        steps = [range(high), range(high, total)]
+        steps = [range(high)] if boundary is None else [range(high), range(high, total)]
         return [
             Stage(transformer, steps, scale)
             for transformer, steps, scale in zip(
-                self.transformers, steps, settings.guidance_scales, strict=False
+                self.transformers, steps, settings.guidance_scales, strict=True
             )
         ]
 
