@@ -94,10 +94,10 @@ def _check_all(
             continue
         try:
             ready = _check(bundle, job, folder, overwrite)
-            for path in filter(None, (ready.out, ready.latents)):
-                if Path(path).resolve() in outs:
+            for path in [Path(ready.out), *([ready.latents] if ready.latents else [])]:
+                if path.resolve() in outs:
                     raise MediaError(f"{path} would be written twice; name another file")
-                outs.add(Path(path).resolve())
+                outs.add(path.resolve())
             yield ready
         except WantrtError as error:
             yield Failed(job.prompt, error)
