@@ -335,7 +335,7 @@ def test_one_failure_does_not_stop_the_rest(wantrt, tmp_path: Path) -> None:
         "give a int",
         "prompt, a string, is missing",
         "line 8: not JSON",
-        "two prompts",
+        "would be written twice",
     ):
         assert message in errors
     assert (tmp_path / "videos/a-cat-1.mp4").is_file()
