@@ -491,7 +491,7 @@ VARIANTS: dict[str, Variant] = {
             name="nano",
             title="wantrt nano",
             task="t2v",
-            experts=_dense(DIT_NANO, guidance_scale=4.0),
+            experts=_dense(DIT_NANO, guidance_scale=3.5),
             vae=VAE_NANO,
             text_encoder=TEXT_ENCODER_NANO,
             sizes=((64, 64),),

@@ -23,6 +23,8 @@ OUTLINES = {
     "triangle": (0.0, 0.66, 0.0, 0.0, 0.21),
     "star": (0.0, 0.0, 0.0, 0.82, 0.24),
 }
+OUTLINE_LIMIT = 0.4  # about half the way from one shape to another: further off it is neither
+COLOUR_LIMIT = 80.0  # likewise, of 255
 CORNERS = {"square": 4, "triangle": 3, "star": 5}
 
 
@@ -64,10 +66,10 @@ def judge(frames: NDArray[np.uint8]) -> Verdict:
     if area.min() < 0.01 or area.max() > 0.6 or not plain:
         return Verdict(None, None, None, True, 0.0, float("nan"), float("nan"))
     track = follow(pixels, coverage)
-    colour = nearest(np.median(track.colour, axis=0), COLOURS, limit=80.0)
-    shape = nearest(np.median(track.outline, axis=0), OUTLINES, limit=0.25)
+    colour = nearest(np.median(track.colour, axis=0), COLOURS, COLOUR_LIMIT)
+    shape = nearest(np.median(track.outline, axis=0), OUTLINES, OUTLINE_LIMIT)
     seen = [
-        (nearest(c, COLOURS, 80.0), nearest(o, OUTLINES, 0.25))
+        (nearest(c, COLOURS, COLOUR_LIMIT), nearest(o, OUTLINES, OUTLINE_LIMIT))
         for c, o in zip(track.colour, track.outline, strict=True)
     ]
     steady = sum(pair == (colour, shape) for pair in seen) / len(seen)
