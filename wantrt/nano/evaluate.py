@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="of the VAE; the default is nano's")
     parser.add_argument("--runtime", help="torch or onnxruntime")
     parser.add_argument("--prompts", type=int, default=0, help="only the first N")
-    parser.add_argument("--clips", type=int, default=64, help="real clips for the VAE")
+    parser.add_argument("--clips", type=int, default=32, help="real clips for the VAE")
     arguments = parser.parse_args()
     prompts = load_held_out()
     with Pipeline.load(arguments.bundle, arguments.runtime) as pipeline:
