@@ -26,8 +26,8 @@ from wantrt.nano.train_vae import held_out_pixels, refine_decoder, train_vae
 
 NUM_CLIPS = 3072
 VAE_STEPS = 1200
-DECODER_STEPS = 700
-DIT_STEPS = 6000
+DECODER_STEPS = 900
+DIT_STEPS = 5400
 
 
 def train_nano(
