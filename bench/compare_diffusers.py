@@ -27,6 +27,7 @@ from torch import Tensor
 from wantrt.bench.report import machine, write_result
 from wantrt.checkpoints import Checkpoint, open_checkpoint
 from wantrt.checkpoints.layouts import write_diffusers
+from wantrt.device import CPUDevice
 from wantrt.export.graph import export_component
 from wantrt.export.ops import ONNX_OPS
 from wantrt.linked import refuse_other_names
@@ -34,7 +35,7 @@ from wantrt.models.components import part_components
 from wantrt.models.dit import rope_tables, timestep_sinusoid
 from wantrt.runtime.decoder import Decoder
 from wantrt.runtime.onnxruntime_session import load_sessions
-from wantrt.session import CPUDevice, Session
+from wantrt.session import Session
 
 refuse_other_names(__spec__)
 

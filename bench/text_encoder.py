@@ -18,13 +18,13 @@ import torch
 from wantrt.bench.report import PeakMemory, write_result
 from wantrt.checkpoints import open_checkpoint
 from wantrt.config import VARIANTS
+from wantrt.device import CPUDevice
 from wantrt.export.graph import export_component
 from wantrt.export.ops import ONNX_OPS
 from wantrt.linked import refuse_other_names
 from wantrt.models.components import text_components
 from wantrt.runtime.onnxruntime_session import load_sessions
 from wantrt.runtime.text import TextEncoder
-from wantrt.session import CPUDevice
 
 refuse_other_names(__spec__)
 

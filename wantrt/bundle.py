@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from wantrt.config import Variant
 from wantrt.errors import BundleError
 from wantrt.folder import Progress, remembered_sha256, sha256_of, silent
-from wantrt.manifest import FileRecord, Manifest, read_manifest
+from wantrt.manifest import ComponentRecord, FileRecord, Manifest, PlanRecord, read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,9 +80,20 @@ class Bundle:
 
     def graph(self, component: str, part: str) -> Path:
         """The ONNX file that `component` of `part` runs."""
+        return self.path / self._record(component, part).graph
+
+    def plans(self, component: str, part: str, runtime: str) -> tuple[PlanRecord, ...]:
+        """The plans of `component` that serve `part` on `runtime`, in the order of their build."""
+        return tuple(
+            plan
+            for plan in self._record(component, part).plans
+            if plan.runtime == runtime and plan.part in (None, part)
+        )
+
+    def _record(self, component: str, part: str) -> ComponentRecord:
         for record in self.manifest.components:
             if record.name == component and part in record.parts:
-                return self.path / record.graph
+                return record
         raise BundleError(f"{self.path} has no component {component} of {part}. Build again.")
 
     def components(self, part: str) -> "list[Component]":
@@ -131,6 +142,7 @@ class Bundle:
         manifest = self.manifest
         needed = {f for part in manifest.parts.values() for f in part.weights}
         needed |= {component.graph for component in manifest.components}
+        needed |= {plan.file for component in manifest.components for plan in component.plans}
         needed |= {manifest.tokenizer} if manifest.tokenizer else set()
         if unlisted := sorted(needed - set(manifest.files)):
             raise BundleError(f"{self.path / MANIFEST} does not list {', '.join(unlisted)}.")

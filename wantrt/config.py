@@ -524,3 +524,6 @@ def require_task(task: str, name: str) -> None:
     if task not in TASKS:
         ready = ", ".join(row.name for row in VARIANTS.values() if row.task in TASKS)
         raise UnsupportedTaskError(f"{name}: task {task} is not there yet; today: {ready}")
+
+
+GUIDANCE_BATCH_TOKENS = 32_760  # up to 480p x 81 frames both guidance passes run as a batch of 2

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 
 from wantrt.bundle import Bundle
-from wantrt.config import TASKS, Expert, Size, Variant
+from wantrt.config import GUIDANCE_BATCH_TOKENS, TASKS, Expert, Size, Variant
 from wantrt.runtime.loading import COMING, RUNTIMES
 
 WORKS, NOT_YET = "works", "not yet"
@@ -134,8 +134,6 @@ def describe_sizes(variant: Variant, precision: Mapping[str, str]) -> list[SizeI
 def describe_size(
     variant: Variant, precision: Mapping[str, str], size: Size, num_frames: int
 ) -> SizeInfo:
-    from wantrt.runtime.denoiser import GUIDANCE_BATCH_TOKENS
-
     width, height = (side // variant.size_step for side in size)
     latent_frames = (num_frames - 1) // variant.vae.temporal_stride + 1
     tokens = latent_frames * width * height

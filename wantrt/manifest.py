@@ -39,6 +39,24 @@ class PartRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanRecord:
+    """A graph compiled by TensorRT, in `file`.
+
+    symbols: the sizes it serves, symbol -> (smallest, typical, largest). part and instance: whose
+    weights are inside it ("baked"); None: weights are inputs ("bound"), and it serves every
+    instance and part of its component.
+    """
+
+    file: str
+    runtime: str  # tensorrt or tensorrt-rtx
+    version: str  # of that library
+    targets: tuple[str, ...]  # "sm89"; for tensorrt the name of the GPU
+    symbols: dict[str, tuple[int, int, int]]
+    part: str | None = None
+    instance: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComponentRecord:
     """A unit of execution and the parts whose weights it runs with; `stack`: layers a run."""
 
@@ -48,6 +66,7 @@ class ComponentRecord:
     outputs: dict[str, TensorRecord]
     graph: str
     stack: int | None = None
+    plans: tuple[PlanRecord, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

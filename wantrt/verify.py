@@ -19,6 +19,7 @@ from torch import Tensor
 from wantrt.bundle import Bundle
 from wantrt.checkpoints import Checkpoint, open_checkpoint
 from wantrt.config import DiTConfig, TextEncoderConfig
+from wantrt.device import CPUDevice
 from wantrt.errors import BundleError, CancelledError
 from wantrt.folder import Progress, silent
 from wantrt.models.components import Component, part_components
@@ -26,11 +27,11 @@ from wantrt.models.dit import rope_tables, timestep_sinusoid
 from wantrt.models.umt5 import position_buckets
 from wantrt.pieces import read_log
 from wantrt.runtime.denoiser import Transformer
-from wantrt.runtime.loading import Runtime, choose_runtime
+from wantrt.runtime.loading import Files, Runtime, choose_runtime
 from wantrt.runtime.pipeline import Pipeline
 from wantrt.runtime.pipeline import Progress as Stage
 from wantrt.runtime.torch_session import TorchSession, load_sessions
-from wantrt.session import CPUDevice, Session, Tensors
+from wantrt.session import Session, Tensors
 
 SYMBOLS = {"B": 2, "S": 11, "T": 3, "F": 2, "h": 3, "w": 5, "L": 30}  # small, odd; L = F·h·w
 PROMPT = "a red circle moves right"
@@ -152,7 +153,9 @@ class _PartCheck:
             _Run(component, reference, session, instance)
             for component, reference in zip(self.components, references, strict=True)
             for session, instance in zip(
-                runtime.load(component, bundle.graph(component.name, part), on_device, self.device),
+                runtime.load(
+                    component, Files(bundle.graph(component.name, part)), on_device, self.device
+                ),
                 component.instances,
                 strict=True,
             )

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.export.components import NAMES, make_components, make_inputs, make_weights
+from wantrt.device import CPUDevice
 from wantrt.export.graph import export_component
 from wantrt.export.ops import ONNX_OPS
 from wantrt.models.ops import TORCH_OPS
 from wantrt.runtime import onnxruntime_session, torch_session
-from wantrt.session import CPUDevice
 
 SIZES = {
     "batch 1": {"B": 1, "L": 31, "S": 9, "T": 5, "F": 3, "h": 2, "w": 5},

@@ -10,12 +10,12 @@ from torch import Tensor
 from wantrt.checkpoints.checkpoint import meta_module, part_configs
 from wantrt.checkpoints.generate import GeneratedTensors
 from wantrt.config import VARIANTS
+from wantrt.device import CPUDevice, CUDADevice, Device
 from wantrt.models.components import part_components
 from wantrt.runtime.decoder import Decoder, to_frames
 from wantrt.runtime.denoiser import Denoiser, Stage, Transformer
 from wantrt.runtime.torch_session import TorchSession, load_sessions
 from wantrt.schedulers.grids import make_grid
-from wantrt.session import CPUDevice, CUDADevice, Device
 
 pytestmark = pytest.mark.gpu
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from wantrt.checkpoints.generate import GeneratedTensors
 from wantrt.config import DIT_1_3B, DIT_14B, VAE_2_1, DiTConfig, TextEncoderConfig
+from wantrt.device import CUDADevice
 from wantrt.models.dit import DiT, rope_tables, timestep_sinusoid
 from wantrt.models.umt5 import TextEncoder
 from wantrt.models.vae import VAE
-from wantrt.session import CUDADevice
 
 pytestmark = pytest.mark.gpu
 

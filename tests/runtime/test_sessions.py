@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from tests.export.components import make_components, make_inputs, make_weights
 from wantrt.bench.report import PeakMemory, anonymous_bytes
 from wantrt.config import DiTConfig
+from wantrt.device import CPUDevice
 from wantrt.errors import BundleError, ExecutionError, RuntimeUnavailableError
 from wantrt.export.graph import export_component
 from wantrt.export.ops import ONNX_OPS
 from wantrt.models.components import dit_components
 from wantrt.runtime import onnxruntime_session, torch_session
 from wantrt.runtime.rewrite import rewrite_attention
-from wantrt.session import CPUDevice
 
 LOADERS = {"torch": torch_session.load_sessions, "onnxruntime": onnxruntime_session.load_sessions}
 SIZES = {"B": 1, "L": 6, "S": 4, "T": 2, "F": 1, "h": 2, "w": 3}

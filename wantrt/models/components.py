@@ -60,7 +60,7 @@ def part_components(
     if part == "text_encoder":
         return text_components(variant.text_encoder, dtype, stack, ops)
     if part == "vae":
-        return vae_components(variant.vae, dtype, ops=ops)
+        return vae_components(variant.vae, dtype, ops)
     (dit,) = (expert.dit for expert in variant.experts if expert.name == part)
     return dit_components(dit, dtype, stack, ops=ops)
 
@@ -169,20 +169,15 @@ def dit_components(
     ]
 
 
-def vae_components(
-    config: VAEConfig,
-    dtype: torch.dtype,
-    encoder_dtype: torch.dtype | None = None,
-    ops: Ops = TORCH_OPS,
-) -> list[Component]:
+def vae_components(config: VAEConfig, dtype: torch.dtype, ops: Ops = TORCH_OPS) -> list[Component]:
     """vae_decoder_first, vae_decoder_next, vae_encoder_first, vae_encoder_next; batch 1.
 
     The first chunk of a stream takes no caches (they are zero) and leaves them; the next take them
     as ``cache_0`` … and leave ``new_cache_0`` …
     """
     with torch.device("meta"):
-        decoder = VAE(config, dtype, ops).decoder
-        encoder = VAE(config, encoder_dtype or dtype, ops).encoder
+        vae = VAE(config, dtype, ops)
+    encoder, decoder = vae.encoder, vae.decoder
     cell, frames = config.spatial_stride, config.temporal_stride
 
     latent = TensorSpec(FLOAT, (1, config.z_dim, 1, "h", "w"))

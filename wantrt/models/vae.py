@@ -253,13 +253,17 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. The latent is normalised as the DiT sees it: (mean − μ) / σ."""
+    """Encoder and decoder. The latent is normalised as the DiT sees it: (mean − μ) / σ.
+
+    The encoder is float32 whatever `dtype` the decoder has: its rounding errors would be part of
+    the condition of every denoising step.
+    """
 
     def __init__(
         self, config: VAEConfig, dtype: torch.dtype = torch.float32, ops: Ops = TORCH_OPS
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(config, dtype, ops)
+        self.encoder = Encoder(config, torch.float32, ops)
         self.decoder = Decoder(config, dtype, ops)
 
     def encode(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from wantrt.config import VAEConfig
-from wantrt.session import Device, Session
+from wantrt.device import Device
+from wantrt.session import Session
 
 
 class Decoder:

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wantrt.config import DiTConfig
+from wantrt.config import GUIDANCE_BATCH_TOKENS, DiTConfig
+from wantrt.device import Device
 from wantrt.models.dit import rope_tables, timestep_sinusoid
 from wantrt.schedulers.grids import Grid
 from wantrt.schedulers.guidance import guide
 from wantrt.schedulers.solver import Solver
 from wantrt.schedulers.tables import make_table
-from wantrt.session import Device, Session
-
-GUIDANCE_BATCH_TOKENS = 32_760  # up to 480p x 81 frames both passes run as a batch of 2
+from wantrt.session import Session
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,20 @@ from wantrt.names import check_name
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wantrt.device import Device
+    from wantrt.manifest import PlanRecord
     from wantrt.models.components import Component
-    from wantrt.session import Device, Session
+    from wantrt.session import Session
 
-Loader = Callable[["Component", Path | None, "Mapping[str, Tensor]", "Device"], "Sequence[Session]"]
+Loader = Callable[["Component", "Files", "Mapping[str, Tensor]", "Device"], "Sequence[Session]"]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a component runs from: its graph, and the plans of one runtime, each with its path."""
+
+    graph: Path
+    plans: "tuple[tuple[PlanRecord, Path], ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,13 @@ def _missing_onnxruntime() -> str | None:
 
 
 def _make_cpu() -> "Device":
-    from wantrt.session import CPUDevice
+    from wantrt.device import CPUDevice
 
     return CPUDevice()
 
 
 def _make_cuda_or_cpu() -> "Device":
-    from wantrt.session import CPUDevice, CUDADevice
+    from wantrt.device import CPUDevice, CUDADevice
 
     return CUDADevice() if _has_cuda() else CPUDevice()
 
@@ -97,24 +107,24 @@ def _has_cuda() -> bool:
 
 def _load_onnxruntime(
     component: "Component",
-    graph: Path | None,
+    files: Files,
     weights: "Mapping[str, Tensor]",
     device: "Device",
 ) -> "Sequence[Session]":
     from wantrt.runtime.onnxruntime_session import load_sessions
 
-    return load_sessions(component, graph, weights, device)
+    return load_sessions(component, files.graph, weights, device)
 
 
 def _load_torch(
     component: "Component",
-    graph: Path | None,
+    files: Files,
     weights: "Mapping[str, Tensor]",
     device: "Device",
 ) -> "Sequence[Session]":
     from wantrt.runtime.torch_session import load_sessions
 
-    return load_sessions(component, graph, weights, device)
+    return load_sessions(component, files.graph, weights, device)
 
 
 RUNTIMES = {  # best first

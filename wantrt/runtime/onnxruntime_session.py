@@ -5,7 +5,7 @@ the addresses of its weights. Weights are never copied: a memory-mapped file sta
 pages are read. Outputs are written into the caller's tensors, which is how caches ping-pong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -13,11 +13,12 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from wantrt.device import Device
 from wantrt.errors import BundleError, ExecutionError, RuntimeUnavailableError
 from wantrt.models.components import Component
 from wantrt.runtime.binding import output_tensors, weights_of_instances
 from wantrt.runtime.rewrite import rewrite_attention
-from wantrt.session import Device, Tensors, TensorSpec
+from wantrt.session import Range, Tensors, TensorSpec
 
 ELEMENT_TYPE = {torch.float32: onnx.TensorProto.FLOAT, torch.int64: onnx.TensorProto.INT64}
 
@@ -84,6 +85,10 @@ class OnnxRuntimeSession:
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
         return self.component.outputs
+
+    @property
+    def serves(self) -> Sequence[Mapping[str, Range]]:
+        return ()
 
     def bind(self, name: str, tensor: Tensor) -> None:
         self._bound[name] = tensor  # keeps alive what the binding only points to

@@ -26,17 +26,18 @@ from torch import Tensor
 from wantrt import __version__
 from wantrt.bundle import Bundle
 from wantrt.config import Variant, require_task
+from wantrt.device import Device
 from wantrt.errors import CancelledError, ExecutionError, SettingsError
 from wantrt.media import Video
 from wantrt.runtime.decoder import Decoder, to_frames
 from wantrt.runtime.denoiser import Denoiser, Stage, Transformer
-from wantrt.runtime.loading import Runtime, choose_runtime
+from wantrt.runtime.loading import Files, Runtime, choose_runtime
 from wantrt.runtime.prompt import Tokenizer
 from wantrt.runtime.settings import Settings, resolve
 from wantrt.runtime.text import TextEncoder
 from wantrt.schedulers.grids import Grid, count_high_noise_steps, make_grid
 from wantrt.schedulers.noise import draw_noise
-from wantrt.session import Device, Session
+from wantrt.session import Session
 
 log = logging.getLogger("wantrt")
 
@@ -104,7 +105,7 @@ class Pipeline:
                 for name, tensor in loaded.weights(part).items()
             }
             return {
-                c.name: chosen.load(c, loaded.graph(c.name, part), weights, device)
+                c.name: chosen.load(c, Files(loaded.graph(c.name, part)), weights, device)
                 for c in loaded.components(part)
                 if c.name.startswith(prefix)
             }

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wantrt.config import TextEncoderConfig
+from wantrt.device import Device
 from wantrt.models.umt5 import position_buckets
-from wantrt.session import Device, Session
+from wantrt.session import Session
 
 CACHED_PROMPTS = 64
 

@@ -4,16 +4,17 @@ It runs no graph. With our kernels as the module's ops it is a GPU runtime; with
 definition of correct that the other runtimes are compared with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from wantrt.device import Device
 from wantrt.models.components import Component
 from wantrt.runtime.binding import output_tensors, weights_of_instances
-from wantrt.session import Device, Tensors, TensorSpec
+from wantrt.session import Range, Tensors, TensorSpec
 
 
 def load_sessions(
@@ -41,6 +42,10 @@ class TorchSession:
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
         return self.component.outputs
+
+    @property
+    def serves(self) -> Sequence[Mapping[str, Range]]:
+        return ()
 
     def bind(self, name: str, tensor: Tensor) -> None:
         into = self._weights if name in self._weights else self._bound

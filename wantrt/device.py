@@ -1,0 +1,194 @@
+"""Where sessions run: memory, order, and captured work. All that knows CUDA is here.
+
+The same code runs on a CPU and on a GPU. Work is ordered by one stream; copies that should not wait
+for it go to a second one and meet it at events.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wantrt.errors import RuntimeUnavailableError
+
+ALIGNMENT_BYTES = 256  # of scratch memory, as TensorRT wants it
+
+
+class Event(Protocol):
+    """A point in a stream. `record` and `wait` speak of the stream that is current."""
+
+    def record(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class Device(Protocol):
+    """See `CUDADevice` and `CPUDevice`."""
+
+    @property
+    def torch_device(self) -> torch.device: ...
+
+    @property
+    def scratch(self) -> "Arena":
+        """What sessions compute in. They never run at once, so they share it."""
+        ...
+
+    @property
+    def stream_handle(self) -> int:
+        """The address of the CUDA stream; 0 on a CPU."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory that `side_stream` copies from while the stream computes."""
+        ...
+
+    def stream(self) -> AbstractContextManager[object]:
+        """The stream on which all sessions of a pipeline run, as a context."""
+        ...
+
+    def side_stream(self) -> AbstractContextManager[object]:
+        """Another stream, for copies; ordered with the first by events alone."""
+        ...
+
+    def event(self) -> Event: ...
+
+    def synchronize(self) -> None: ...
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record `work`, which has run once already, and return what replays it.
+
+        Raises what CUDA or the session says if it cannot be recorded; then nothing was.
+        """
+        ...
+
+    def free_bytes(self) -> int:
+        """Memory that is free for weights, caches and scratch."""
+        ...
+
+
+class Arena:
+    """One block of scratch memory for everything that never runs at once: the largest need.
+
+    Needs are told first (`reserve`), and the block is made at its first use. A captured graph holds
+    its address: after `freeze`, a larger need gets a new block and the old one stays.
+    """
+
+    def __init__(self, allocate: Callable[[int], Tensor]) -> None:
+        self._allocate = allocate
+        self._block: Tensor | None = None
+        self._held: list[Tensor] = []  # by captured graphs
+        self._frozen = False
+        self.nbytes = 0
+
+    def reserve(self, nbytes: int) -> None:
+        self.nbytes = max(self.nbytes, nbytes)
+
+    def block(self) -> tuple[int, int]:
+        """Address, aligned to 256 bytes, and size."""
+        if self._block is None or len(self._block) < self.nbytes + ALIGNMENT_BYTES:
+            if self._block is not None and self._frozen:
+                self._held.append(self._block)
+            self._block = None  # the old one is freed before the new one is made
+            self._block = self._allocate(self.nbytes + ALIGNMENT_BYTES)
+            self._frozen = False
+        address = self._block.data_ptr()
+        return address + -address % ALIGNMENT_BYTES, self.nbytes
+
+    def freeze(self) -> None:
+        """Something that was captured uses the block as it is now."""
+        self._frozen = True
+
+
+class CPUDevice:
+    """Runs in order by itself: nothing to wait for, nothing to capture."""
+
+    torch_device = torch.device("cpu")
+    stream_handle = 0
+
+    def __init__(self) -> None:
+        self.scratch = Arena(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def side_stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def event(self) -> Event:
+        return _NoEvent()
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+    def free_bytes(self) -> int:
+        with open("/proc/meminfo") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+
+
+class _NoEvent:
+    def record(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+class CUDADevice:
+    """One GPU, one stream for work and one for copies; captured work is a CUDA graph."""
+
+    def __init__(self, index: int = 0) -> None:
+        if not torch.cuda.is_available():
+            raise RuntimeUnavailableError(
+                "no CUDA device: torch finds no GPU (or is a CPU build). "
+                "Use a CPU runtime: --runtime onnxruntime"
+            )
+        self.torch_device = torch.device("cuda", index)
+        self._stream = torch.cuda.Stream(self.torch_device)
+        self._copies = torch.cuda.Stream(self.torch_device)
+        self.stream_handle = self._stream.cuda_stream
+        self.scratch = Arena(lambda nbytes: self.empty((nbytes,), torch.uint8))
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.torch_device)
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
+
+    def side_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._copies)
+
+    def event(self) -> Event:
+        return torch.cuda.Event()
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        self._stream.synchronize()
+        with torch.cuda.graph(graph, stream=self._stream):
+            work()
+        self.scratch.freeze()
+        return graph.replay
+
+    def free_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device)
+        return free + cached - torch.cuda.memory_allocated(self.torch_device)
