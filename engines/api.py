@@ -6,8 +6,8 @@ member declared here in the real bindings of both flavours. What only one of the
 class whose name begins with `RTX`, and `engines/flavours.py` alone asks for it, by probing.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from wantrt.linked import refuse_other_names
 
@@ -16,11 +16,78 @@ refuse_other_names(__spec__)
 Shape = Sequence[int]
 
 
+# -- Enumerations, with the members that we name --------------------------------------------------
+
+
 class Enum(Protocol):
-    """A member of one of TensorRT's enumerations."""
+    """A member of any enumeration."""
 
     @property
     def name(self) -> str: ...
+
+
+class BuilderFlag(Protocol):
+    @property
+    def TF32(self) -> Enum: ...
+
+
+class DataType(Protocol):
+    @property
+    def FLOAT(self) -> Enum: ...
+    @property
+    def HALF(self) -> Enum: ...
+    @property
+    def BF16(self) -> Enum: ...
+    @property
+    def INT64(self) -> Enum: ...
+
+
+class ExecutionContextAllocationStrategy(Protocol):
+    @property
+    def USER_MANAGED(self) -> Enum: ...
+
+
+class LayerInformationFormat(Protocol):
+    @property
+    def JSON(self) -> Enum: ...
+
+
+class LayerType(Protocol):
+    @property
+    def ATTENTION_OUTPUT(self) -> Enum: ...
+
+
+class MemoryPoolType(Protocol):
+    @property
+    def WORKSPACE(self) -> Enum: ...
+
+
+class Severity(Protocol):
+    """ILogger.Severity"""
+
+    @property
+    def INTERNAL_ERROR(self) -> Enum: ...
+    @property
+    def ERROR(self) -> Enum: ...
+    @property
+    def WARNING(self) -> Enum: ...
+
+
+class TensorIOMode(Protocol):
+    @property
+    def INPUT(self) -> Enum: ...
+
+
+class RTXComputeCapability(Protocol):
+    """The targets: SM75, SM80, …, besides CURRENT and NONE."""
+
+    @property
+    def __members__(self) -> Mapping[str, Enum]: ...
+
+
+class RTXEngineValidity(Protocol):
+    @property
+    def INVALID(self) -> Enum: ...
 
 
 # -- Building -------------------------------------------------------------------------------------
@@ -69,9 +136,20 @@ class TimingCache(Protocol):
     def serialize(self) -> HostMemory: ...
 
 
+class ProgressMonitor(Protocol):
+    """IProgressMonitor: TensorRT calls it. Phases lie in one another; no call may raise.
+
+    `step_complete` answers whether the build shall go on.
+    """
+
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None: ...
+    def step_complete(self, phase_name: str, step: int) -> bool: ...
+    def phase_finish(self, phase_name: str) -> None: ...
+
+
 class BuilderConfig(Protocol):
     max_aux_streams: int
-    progress_monitor: Any
+    progress_monitor: ProgressMonitor
 
     def clear_flag(self, flag: Enum) -> None: ...
     def add_optimization_profile(self, profile: OptimizationProfile) -> int: ...

@@ -1,0 +1,94 @@
+"""A graph as TensorRT shall see it: sizes filled in, and weights inside it where they are baked.
+
+The graph on disk stays as it is; these are edits of a copy in memory. Baked weights are not copied:
+the model only says that they lie elsewhere, and the parser is given their addresses.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from wantrt.linked import refuse_other_names
+from wantrt.session import Range, TensorSpec
+
+refuse_other_names(__spec__)
+
+ELSEWHERE = "baked.bin"  # no such file: the parser is given the addresses
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    return onnx.load(path, load_external_data=False)
+
+
+def fill_sizes(
+    model: onnx.ModelProto, tensors: Mapping[str, TensorSpec], symbols: Mapping[str, Range]
+) -> None:
+    """Replace every dimension whose symbols have one size by that size.
+
+    tensors: the inputs and outputs of the component. What has a range stays a name: dynamic.
+    """
+    fixed = {symbol: low for symbol, (low, _, high) in symbols.items() if low == high}
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name not in tensors:
+            continue  # a weight
+        shape = value.type.tensor_type.shape.dim
+        for dimension, size in zip(shape, tensors[value.name].shape, strict=True):
+            if isinstance(size, str) and symbols_of(size) <= set(fixed):
+                (dimension.dim_value,) = TensorSpec(tensors[value.name].dtype, (size,)).concrete(
+                    fixed
+                )
+
+
+def symbols_of(size: str) -> set[str]:
+    """The symbols of a dimension: "F*2*h" has F and h."""
+    return {factor for factor in size.split("*") if not factor.isdigit()}
+
+
+def allow_decomposition(model: onnx.ModelProto) -> None:
+    """Tell TensorRT which attentions have no fused kernel: its parser reads this attribute.
+
+    It is no attribute of the standard operator, so a graph on disk has it as node metadata.
+    """
+    for node in attentions(model):
+        if is_decomposable(node):
+            node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
+
+
+def attentions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == "Attention"]
+
+
+def is_decomposable(node: onnx.NodeProto) -> bool:
+    return any(entry.key == "decomposable" for entry in node.metadata_props)
+
+
+def turn_into_constants(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    """Make constants of weights that are inputs; their values are given to the parser apart.
+
+    Raises KeyError for a name that is no input.
+    """
+    declared = {value.name: value for value in model.graph.input}
+    offset = 0
+    for name in sorted(names):
+        declaration = declared[name]
+        model.graph.input.remove(declaration)
+        tensor = declaration.type.tensor_type
+        constant = model.graph.initializer.add(
+            name=name,
+            data_type=tensor.elem_type,
+            dims=[dimension.dim_value for dimension in tensor.shape.dim],
+            data_location=TensorProto.EXTERNAL,
+        )
+        length = nbytes(constant)
+        for key, value in (("location", ELSEWHERE), ("offset", offset), ("length", length)):
+            constant.external_data.add(key=key, value=str(value))
+        offset += length
+
+
+def nbytes(constant: TensorProto) -> int:
+    count = 1
+    for size in constant.dims:
+        count *= size
+    return count * int(helper.tensor_dtype_to_np_dtype(constant.data_type).itemsize)
