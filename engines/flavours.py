@@ -150,18 +150,14 @@ class Flavour:
 
     def progress_monitor(self, listener: api.ProgressMonitor) -> api.ProgressMonitor:
         """An IProgressMonitor that passes every call on to `listener`."""
-        base = self.module.IProgressMonitor
-
-        def init(monitor: object) -> None:
-            base.__init__(monitor)  # pybind11 wants it called by name
-
         methods = {
-            "__init__": init,
             "phase_start": lambda _, *call: listener.phase_start(*call),
             "step_complete": lambda _, *call: listener.step_complete(*call),
             "phase_finish": lambda _, *call: listener.phase_finish(*call),
         }
-        return cast(api.ProgressMonitor, type("Monitor", (base,), methods)())
+        return cast(
+            api.ProgressMonitor, type("Monitor", (self.module.IProgressMonitor,), methods)()
+        )
 
     # -- What only one of them has: the same object under its richer type, None where it lacks it --
 
@@ -284,16 +280,12 @@ def _make_logger(module: Module) -> tuple[object, deque[str]]:
 
     TensorRT takes one a process and ignores a second while the first lives.
     """
-    base = module.ILogger
     errors: deque[str] = deque(maxlen=ERRORS_KEPT)
     levels = {
         "INTERNAL_ERROR": logging.ERROR,
         "ERROR": logging.ERROR,
         "WARNING": logging.WARNING,
     }
-
-    def init(logger: object) -> None:
-        base.__init__(logger)  # pybind11 wants it called by name
 
     def write(logger: object, severity: api.Enum, message: str) -> None:
         level = levels.get(severity.name, logging.DEBUG)
@@ -303,4 +295,4 @@ def _make_logger(module: Module) -> tuple[object, deque[str]]:
             level = logging.DEBUG
         log.log(level, "%s", message)
 
-    return type("Logger", (base,), {"__init__": init, "log": write})(), errors
+    return type("Logger", (module.ILogger,), {"log": write})(), errors
