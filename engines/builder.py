@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from wantrt.engines import api
 from wantrt.engines.flavours import Flavour
@@ -23,6 +24,7 @@ from wantrt.engines.requests import PlanRequest
 from wantrt.errors import BuildError, CancelledError
 from wantrt.folder import Progress, cache_folder, silent, write_atomic
 from wantrt.linked import refuse_other_names
+from wantrt.models.components import Component
 
 refuse_other_names(__spec__)
 
@@ -91,19 +93,29 @@ def _parse(
     fill_sizes(model, {**component.inputs, **component.outputs}, request.symbols)
     allow_decomposition(model)
     turn_into_constants(model, request.baked)
-    parsed = parser.load_model_proto(model.SerializeToString(), "")
+    read = parser.load_model_proto(model.SerializeToString(), "")
     for name, tensor in request.baked.items():
-        assert tensor.is_contiguous()
-        assert tensor.device.type == "cpu"
-        parsed = parsed and parser.load_initializer(name, tensor.data_ptr(), tensor.nbytes)
-    if not (parsed and parser.parse_model_proto()):
-        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        _check_weight(component, name, tensor)
+        read = read and parser.load_initializer(name, tensor.data_ptr(), tensor.nbytes)
+    if not (read and parser.parse_model_proto()):
         raise BuildError(
             f"{flavour.name} {flavour.version} does not read {request.graph}:\n"
-            + "\n".join(errors or [flavour.last_errors()])
-            + "\nIf the file is damaged, make it anew: wantrt build --check"
+            f"{flavour.last_errors()}\n"
+            "If the file is damaged, make it anew: wantrt build --check"
         )
     check_network(flavour, component, model, network)
+
+
+def _check_weight(component: Component, name: str, tensor: Tensor) -> None:
+    """TensorRT reads bytes at an address: it cannot see whether they are what it takes them for."""
+    spec = component.weights[name]
+    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+        raise BuildError(
+            f"{component.name}: weight {name} is {tensor.dtype} {list(tensor.shape)}, expected "
+            f"{spec.dtype} {list(spec.shape)}. Make the weights anew: wantrt build --check"
+        )
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
 
 
 def _configure(flavour: Flavour, request: PlanRequest, builder: api.Builder) -> api.BuilderConfig:

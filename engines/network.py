@@ -5,11 +5,14 @@ the model only says that they lie elsewhere, and the parser is given their addre
 """
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
+from wantrt.errors import BuildError
 from wantrt.linked import refuse_other_names
 from wantrt.session import Range, TensorSpec
 
@@ -19,7 +22,13 @@ ELSEWHERE = "baked.bin"  # no such file: the parser is given the addresses
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    return onnx.load(path, load_external_data=False)
+    """Raises BuildError for a file that is no graph."""
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise BuildError(
+            f"cannot read the graph {path}: {error}. Make it anew: wantrt build --check"
+        ) from error
 
 
 def fill_sizes(
@@ -36,8 +45,8 @@ def fill_sizes(
         shape = value.type.tensor_type.shape.dim
         for dimension, size in zip(shape, tensors[value.name].shape, strict=True):
             if isinstance(size, str) and symbols_of(size) <= set(fixed):
-                (dimension.dim_value,) = TensorSpec(tensors[value.name].dtype, (size,)).concrete(
-                    fixed
+                dimension.dim_value = prod(
+                    int(factor) if factor.isdigit() else fixed[factor] for factor in size.split("*")
                 )
 
 
@@ -88,7 +97,5 @@ def turn_into_constants(model: onnx.ModelProto, names: Iterable[str]) -> None:
 
 
 def nbytes(constant: TensorProto) -> int:
-    count = 1
-    for size in constant.dims:
-        count *= size
-    return count * int(helper.tensor_dtype_to_np_dtype(constant.data_type).itemsize)
+    item_bytes = int(helper.tensor_dtype_to_np_dtype(constant.data_type).itemsize)
+    return prod(constant.dims) * item_bytes
