@@ -4,6 +4,7 @@ The same code runs on a CPU and on a GPU. Work is ordered by one stream; copies 
 for it go to a second one and meet it at events.
 """
 
+import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -29,6 +30,21 @@ class Device(Protocol):
 
     @property
     def torch_device(self) -> torch.device: ...
+
+    @property
+    def name(self) -> str:
+        """Model and driver: what TensorRT-RTX compiles kernels for when a plan is loaded."""
+        ...
+
+    @property
+    def architecture(self) -> str:
+        """As `--target` names it: "sm90"; "cpu" on a CPU."""
+        ...
+
+    @property
+    def capturing(self) -> bool:
+        """Whether work is being recorded, not run."""
+        ...
 
     @property
     def scratch(self) -> "Arena":
@@ -62,6 +78,13 @@ class Device(Protocol):
         """Record `work`, which has run once already, and return what replays it.
 
         Raises what CUDA or the session says if it cannot be recorded; then nothing was.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give back the scratch block and what torch keeps for itself, when sessions are gone.
+
+        Nothing that was captured may run afterwards.
         """
         ...
 
@@ -107,7 +130,9 @@ class CPUDevice:
     """Runs in order by itself: nothing to wait for, nothing to capture."""
 
     torch_device = torch.device("cpu")
+    name = architecture = "cpu"
     stream_handle = 0
+    capturing = False
 
     def __init__(self) -> None:
         self.scratch = Arena(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
@@ -133,6 +158,9 @@ class CPUDevice:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
 
+    def release(self) -> None:
+        self.scratch = Arena(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+
     def free_bytes(self) -> int:
         with open("/proc/meminfo") as lines:
             available = next(line for line in lines if line.startswith("MemAvailable"))
@@ -157,10 +185,13 @@ class CUDADevice:
                 "Use a CPU runtime: --runtime onnxruntime"
             )
         self.torch_device = torch.device("cuda", index)
+        self.name = f"{torch.cuda.get_device_name(self.torch_device)}, {_cuda_driver()}"
+        self.architecture = "sm{}{}".format(*torch.cuda.get_device_capability(self.torch_device))
+        self.capturing = False
         self._stream = torch.cuda.Stream(self.torch_device)
         self._copies = torch.cuda.Stream(self.torch_device)
         self.stream_handle = self._stream.cuda_stream
-        self.scratch = Arena(lambda nbytes: self.empty((nbytes,), torch.uint8))
+        self.scratch = Arena(self._allocate_scratch)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.torch_device)
@@ -183,12 +214,32 @@ class CUDADevice:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         self._stream.synchronize()
-        with torch.cuda.graph(graph, stream=self._stream):
-            work()
+        self.capturing = True
+        try:
+            # other threads may do what they like meanwhile: they write the last video's file
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            self.capturing = False
         self.scratch.freeze()
         return graph.replay
+
+    def release(self) -> None:
+        self._stream.synchronize()
+        self.scratch = Arena(self._allocate_scratch)
+        torch.cuda.empty_cache()  # TensorRT allocates by itself
 
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         cached = torch.cuda.memory_reserved(self.torch_device)
         return free + cached - torch.cuda.memory_allocated(self.torch_device)
+
+    def _allocate_scratch(self, nbytes: int) -> Tensor:
+        with self.stream():  # freed, its memory goes to later work of the same stream
+            return self.empty((nbytes,), torch.uint8)
+
+
+def _cuda_driver() -> str:
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"CUDA driver {version.value // 1000}.{version.value % 1000 // 10}"  # 13000 is 13.0

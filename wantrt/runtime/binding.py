@@ -35,20 +35,15 @@ def output_tensors(
     component: Component, inputs: Tensors, given: Tensors | None
 ) -> dict[str, tuple[tuple[int, ...], Tensor | None]]:
     """Check the tensors of a run. Returns each output's shape and the tensor given for it."""
-    symbols: dict[str, int] = {}
+    symbols = symbols_of(component, inputs)
     for name, spec in component.inputs.items():
-        if name not in inputs:
-            raise ExecutionError(f"{component.name}: input {name} is missing; bind it or pass it")
-        if inputs[name].dim() == len(spec.shape):
-            symbols = spec.symbols(inputs[name].shape) | symbols
-    for name, spec in component.inputs.items():
-        _check(component, f"input {name}", inputs[name], spec, symbols)
+        check_tensor(component, f"input {name}", inputs[name], spec, symbols)
     given = given or {}
     for name in given.keys() - component.outputs.keys():
         raise ExecutionError(f"{component.name} has no output {name}")
     readers = {tensor.data_ptr(): name for name, tensor in inputs.items()}
     for name, tensor in given.items():
-        _check(component, f"output {name}", tensor, component.outputs[name], symbols)
+        check_tensor(component, f"output {name}", tensor, component.outputs[name], symbols)
         if tensor.data_ptr() in readers:
             raise ExecutionError(
                 f"{component.name}: output {name} lies where input {readers[tensor.data_ptr()]} "
@@ -59,9 +54,21 @@ def output_tensors(
     }
 
 
-def _check(
+def symbols_of(component: Component, inputs: Tensors) -> dict[str, int]:
+    """What the sizes of a run are, as its inputs tell. Raises ExecutionError for a missing one."""
+    symbols: dict[str, int] = {}
+    for name, spec in component.inputs.items():
+        if name not in inputs:
+            raise ExecutionError(f"{component.name}: input {name} is missing; bind it or pass it")
+        if inputs[name].dim() == len(spec.shape):
+            symbols = spec.symbols(inputs[name].shape) | symbols
+    return symbols
+
+
+def check_tensor(
     component: Component, what: str, tensor: Tensor, spec: TensorSpec, symbols: Mapping[str, int]
 ) -> None:
+    """Raises ExecutionError unless dtype and shape are those of `spec`."""
     if not _fits(tensor, spec, symbols):
         known = ", ".join(f"{symbol} = {size}" for symbol, size in symbols.items())
         raise ExecutionError(

@@ -1,0 +1,220 @@
+"""A plan at work: its engine and its one execution context, and what was last set in it.
+
+Plans are deserialised once a process and shared while something holds them. Scratch memory is the
+device's: a plan tells its need when it is loaded, and computes in the common block.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+from weakref import WeakValueDictionary
+
+import torch
+
+from wantrt.device import Device
+from wantrt.engines import api
+from wantrt.engines.flavours import Flavour
+from wantrt.engines.runtime_cache import RuntimeCacheFile
+from wantrt.errors import BundleError, ExecutionError
+from wantrt.linked import refuse_other_names
+from wantrt.manifest import PlanRecord
+from wantrt.models.components import Component
+from wantrt.session import TensorSpec
+
+refuse_other_names(__spec__)
+
+Region = tuple[tuple[int, ...], int]  # shape and address of a contiguous tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PlanSource:
+    """A plan that is not loaded yet, and where it shall run."""
+
+    component: Component
+    record: PlanRecord
+    path: Path
+    flavour: Flavour
+    device: Device
+
+    @property
+    def bound(self) -> bool:
+        """Whether weights are inputs."""
+        return self.record.part is None
+
+    def error(self, kind: type[Exception], happened: str, remedy: str) -> Exception:
+        """An exception that names component, plan, cause (what TensorRT logged) and remedy."""
+        logged = self.flavour.last_errors().replace("\n", "; ")
+        cause = f" TensorRT says: {logged}." if logged else ""
+        return kind(
+            f"{self.component.name}: {happened} (plan {self.path}, made by {self.record.runtime} "
+            f"{self.record.version} for {', '.join(self.record.targets)}; this is "
+            f"{self.flavour.name} {self.flavour.version} on {self.device.name}).{cause} {remedy}"
+        )
+
+    @property
+    def build_command(self) -> str:
+        """What makes a plan for this machine."""
+        command = f"wantrt build --runtime {self.flavour.name}"
+        if self.flavour.builds_without_gpu:
+            command += f" --target {self.device.architecture}"
+        return command
+
+
+def load_plan(source: PlanSource) -> "LoadedPlan":
+    """The plan of `source`, from the process's own if it is there. Raises BundleError."""
+    try:
+        status = source.path.stat()
+    except OSError as error:
+        raise BundleError(f"cannot read {source.path}: {error}. Run wantrt build again.") from error
+    key = (source.path.resolve(), status.st_mtime_ns, status.st_size, id(source.device))
+    with _LOADING:
+        plan = _LOADED.get(key)
+        if plan is None:
+            plan = _LOADED[key] = LoadedPlan(source)
+    return plan
+
+
+# A plan holds its device, so that an id in a key stands for the same device while the plan lives.
+_LOADED: "WeakValueDictionary[tuple[Path, int, int, int], LoadedPlan]" = WeakValueDictionary()
+_LOADING = threading.Lock()
+
+
+class LoadedPlan:
+    """`enqueue` sets what changed since the last one: addresses mostly, shapes never if static."""
+
+    def __init__(self, source: PlanSource) -> None:
+        self.source = source
+        content = source.path.read_bytes()
+        self._engine = _deserialise(source, content)
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        modes = [self._engine.get_tensor_mode(name) for name in names]
+        reads = [source.flavour.is_input(mode) for mode in modes]
+        self._inputs = [name for name, read in zip(names, reads, strict=True) if read]
+        self._outputs = [name for name, read in zip(names, reads, strict=True) if not read]
+        _check_signature(source, self._engine, self._inputs, self._outputs)
+        self._scratch_bytes = self._engine.device_memory_size_v2
+        source.device.scratch.reserve(self._scratch_bytes)
+        self._context = _make_context(source, self._engine, content)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._scratch: tuple[int, int] | None = None
+
+    def enqueue(self, inputs: Mapping[str, Region], outputs: Mapping[str, Region]) -> None:
+        """Run once on the device's stream. Both maps may hold more than the plan takes.
+
+        Raises ExecutionError.
+        """
+        for name in self._inputs:
+            if name not in inputs:
+                self._fail(f"weight {name} is bound to nothing on the device", "Bind it first.")
+            self._set_shape(name, inputs[name][0])
+            self._set_address(name, inputs[name][1])
+        for name in self._outputs:
+            self._set_address(name, outputs[name][1])
+        self._set_scratch()
+        stream = self.source.device.stream_handle
+        if self.source.device.capturing:
+            rtx_context = self.source.flavour.rtx_context(self._context)
+            if rtx_context is not None and not rtx_context.is_stream_capturable(stream):
+                self._fail("the plan cannot be captured", "It runs uncaptured all the same.")
+        if not self._context.execute_async_v3(stream):
+            self._fail("the run could not be enqueued", _REPORT)
+
+    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if self._shapes.get(name) == shape:
+            return
+        if not self._context.set_input_shape(name, shape):
+            self._fail(f"input {name} cannot have shape {list(shape)}", _REPORT)
+        self._shapes[name] = shape
+
+    def _set_address(self, name: str, address: int) -> None:
+        if self._addresses.get(name) == address:
+            return
+        if not self._context.set_tensor_address(name, address):
+            self._fail(f"the address of {name} was refused", _REPORT)
+        self._addresses[name] = address
+
+    def _set_scratch(self) -> None:
+        arena = self.source.device.scratch  # a new one after each phase of --residency phase
+        arena.reserve(self._scratch_bytes)
+        scratch = arena.block()
+        if scratch != self._scratch:
+            self._context.set_device_memory(*scratch)
+            self._scratch = scratch
+
+    def _fail(self, happened: str, remedy: str) -> NoReturn:
+        raise self.source.error(ExecutionError, happened, remedy)
+
+
+_REPORT = "Is the bundle sound? wantrt verify --bundle BUNDLE"
+
+
+def _deserialise(source: PlanSource, content: bytes) -> api.Engine:
+    source.flavour.last_errors()  # what was logged before is about something else
+    runtime = source.flavour.runtime()
+    remedy = f"Build it for this machine: {source.build_command}"
+    if source.flavour.is_invalid(runtime, content):
+        raise source.error(BundleError, "the plan does not run on this GPU", remedy)
+    engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise source.error(BundleError, "the plan cannot be loaded", remedy)
+    return engine
+
+
+def _make_context(source: PlanSource, engine: api.Engine, plan: bytes) -> api.ExecutionContext:
+    """A context without memory of its own, with kernels from the runtime cache where there is one.
+
+    TensorRT-RTX compiles kernels for the GPU at hand here: seconds, unless they are cached.
+    """
+    config = engine.create_runtime_config()
+    if config is None:
+        raise source.error(ExecutionError, "no runtime configuration could be made", _MEMORY)
+    strategies = source.flavour.module.ExecutionContextAllocationStrategy
+    config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
+    kernels = RuntimeCacheFile.attach(source.flavour, config, source.device, plan)
+    context = engine.create_execution_context(config)
+    if context is None:
+        raise source.error(ExecutionError, "no execution context could be made", _MEMORY)
+    if not context.set_optimization_profile_async(0, source.device.stream_handle):
+        raise source.error(ExecutionError, "its optimisation profile was refused", _REPORT)
+    if kernels is not None:
+        kernels.save()
+    return context
+
+
+_MEMORY = "Is the GPU's memory full? --residency phase or stream needs less."
+
+
+def _check_signature(
+    source: PlanSource, engine: api.Engine, inputs: list[str], outputs: list[str]
+) -> None:
+    """TensorRT takes addresses without types: a plan of other tensors would compute nonsense."""
+    component = source.component
+    takes: dict[str, TensorSpec] = dict(component.inputs)
+    if source.bound:
+        takes |= component.weights
+    largest = {symbol: size for symbol, (_, _, size) in source.record.symbols.items()}
+    for names, specs in ((inputs, takes), (outputs, component.outputs)):
+        for name in names:
+            dtype = source.flavour.torch_dtype(engine.get_tensor_dtype(name))
+            shape = tuple(engine.get_tensor_shape(name))
+            if name not in specs or not _fits(dtype, shape, specs[name], largest):
+                expected = specs.get(name, "none of this name")
+                raise source.error(
+                    BundleError,
+                    f"the plan has {name}, {dtype} {shape}, expected {expected}",
+                    f"Build it again: {source.build_command}",
+                )
+
+
+def _fits(
+    dtype: torch.dtype, shape: tuple[int, ...], spec: TensorSpec, largest: Mapping[str, int]
+) -> bool:
+    """Whether dtype and shape are those of `spec`; a dimension of -1 is any."""
+    return (
+        dtype == spec.dtype
+        and len(shape) == len(spec.shape)
+        and all(a in (-1, b) for a, b in zip(shape, spec.concrete(largest), strict=True))
+    )
