@@ -18,9 +18,11 @@ from wantrt.folder import Progress, silent
 from wantrt.jobs import Job, default_name
 from wantrt.media import VideoWriter, check_output
 from wantrt.runtime.latents import check_latents_file, load_latents, save_latents
+from wantrt.runtime.loading import choose_for
 from wantrt.runtime.pipeline import Pipeline
 from wantrt.runtime.pipeline import Progress as Stage
-from wantrt.runtime.settings import Settings, resolve
+from wantrt.runtime.settings import Settings
+from wantrt.runtime.sizes import resolve_for
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,32 @@ def generate_all(
     jobs: Sequence[Job | WantrtError],
     *,
     runtime: str | None = None,
+    residency: str = "resident",
+    text_encoder_on: str | None = None,
+    trust_plans: bool = False,
     folder: Path = Path(),
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Iterator[Made | Failed]:
     """Make the videos in order; an error in the list of jobs is passed on as a failure.
 
-    folder: where a job without `out` puts its video. Raises what keeps all of them from running:
+    runtime, residency, text_encoder_on, trust_plans: as for `Pipeline.load`. folder: where a job
+    without `out` puts its video. Raises what keeps all of them from running:
     BundleError, RuntimeUnavailableError, UnsupportedTaskError.
     """
-    ready = list(_check_all(bundle, jobs, folder, overwrite))
+    chosen = choose_for(bundle, runtime)
+    ready = list(_check_all(bundle, jobs, chosen.name, folder, overwrite))
     if not any(isinstance(item, _Ready) for item in ready):
         yield from (item for item in ready if isinstance(item, Failed))
         return
     progress("load", 0, 1)
-    with Pipeline.load(bundle.path, runtime) as pipe:
+    with Pipeline.load(
+        bundle.path,
+        chosen.name,
+        residency=residency,
+        text_encoder_on=text_encoder_on,
+        trust_plans=trust_plans,
+    ) as pipe:
         progress("load", 1, 1)
         for number, item in enumerate(ready, 1):
             if isinstance(item, Failed):
@@ -85,7 +98,11 @@ def generate_all(
 
 
 def _check_all(
-    bundle: Bundle, jobs: Iterable[Job | WantrtError], folder: Path, overwrite: bool
+    bundle: Bundle,
+    jobs: Iterable[Job | WantrtError],
+    runtime: str,
+    folder: Path,
+    overwrite: bool,
 ) -> Iterator[_Ready | Failed]:
     outs: set[Path] = set()
     for job in jobs:
@@ -93,7 +110,7 @@ def _check_all(
             yield Failed(None, job)
             continue
         try:
-            ready = _check(bundle, job, folder, overwrite)
+            ready = _check(bundle, job, runtime, folder, overwrite)
             for path in [Path(ready.out), *([ready.latents] if ready.latents else [])]:
                 if path.resolve() in outs:
                     raise MediaError(f"{path} would be written twice; name another file")
@@ -103,8 +120,8 @@ def _check_all(
             yield Failed(job.prompt, error)
 
 
-def _check(bundle: Bundle, job: Job, folder: Path, overwrite: bool) -> _Ready:
-    settings = resolve(bundle.variant, bundle.settings, prompt=job.prompt, **job.settings)
+def _check(bundle: Bundle, job: Job, runtime: str, folder: Path, overwrite: bool) -> _Ready:
+    settings = resolve_for(bundle, runtime, prompt=job.prompt, **job.settings)
     name = default_name(job.prompt, settings.seed, settings.num_frames)
     out = job.out or str(folder / name)
     width, height = settings.size

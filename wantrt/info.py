@@ -1,6 +1,4 @@
-"""What there is: this machine, its runtimes, and what a bundle holds and needs. Imports no torch,
-except for the memory of a bundle.
-"""
+"""What there is: this machine, its runtimes, and what a bundle holds and needs."""
 
 import os
 import platform
@@ -9,12 +7,15 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wantrt.bundle import Bundle
-from wantrt.config import GUIDANCE_BATCH_TOKENS, TASKS, Expert, Size, Variant
-from wantrt.runtime.loading import COMING, RUNTIMES
+from wantrt.config import TASKS, Size, Variant
+from wantrt.runtime.loading import RUNTIMES
+
+if TYPE_CHECKING:
+    from wantrt.runtime.memory import Memory
 
 WORKS, NOT_YET = "works", "not yet"
 
@@ -38,7 +39,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeInfo:
-    """`status`: "works", what is missing, or "not yet"."""
+    """`status`: "works", or what is missing."""
 
     name: str
     version: str | None
@@ -48,16 +49,16 @@ class RuntimeInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class SizeInfo:
-    """One size: what the transformer sees and what a run needs beside the weights, in bytes.
+    """One size: what the transformer sees, and the device memory that a guided generation takes.
 
-    Activations are estimates for both guidance passes in a batch.
+    runtimes: those whose plans serve it; empty where none is needed. memory: residency -> bytes.
     """
 
     size: Size
     num_frames: int
     tokens: int
-    denoise_bytes: int
-    decode_bytes: int
+    runtimes: tuple[str, ...]
+    memory: "dict[str, Memory]"
 
 
 def describe_machine() -> Machine:
@@ -95,8 +96,7 @@ def _gpus() -> tuple[str, ...]:
 
 
 def describe_runtimes() -> list[RuntimeInfo]:
-    """Those that work today and those that are coming."""
-    today = [
+    return [
         RuntimeInfo(
             name=runtime.name,
             version=_version(runtime.name),
@@ -105,11 +105,6 @@ def describe_runtimes() -> list[RuntimeInfo]:
         )
         for runtime in RUNTIMES.values()
     ]
-    coming = [
-        RuntimeInfo(name=name, version=_version(name), precisions=(), status=NOT_YET)
-        for name in COMING
-    ]
-    return today + coming
 
 
 def _version(runtime: str) -> str | None:
@@ -127,59 +122,49 @@ def variant_status(variant: Variant) -> str:
 
 
 def describe_sizes(variant: Variant, precision: Mapping[str, str]) -> list[SizeInfo]:
-    """`precision`: part -> fp32, bf16 or fp16."""
+    """The variant's own sizes. `precision`: part -> fp32, bf16 or fp16."""
     return [describe_size(variant, precision, size, variant.num_frames) for size in variant.sizes]
 
 
 def describe_size(
-    variant: Variant, precision: Mapping[str, str], size: Size, num_frames: int
+    variant: Variant,
+    precision: Mapping[str, str],
+    size: Size,
+    num_frames: int,
+    stacks: Mapping[str, int | None] | None = None,
+    runtimes: tuple[str, ...] = (),
 ) -> SizeInfo:
-    width, height = (side // variant.size_step for side in size)
-    latent_frames = (num_frames - 1) // variant.vae.temporal_stride + 1
-    tokens = latent_frames * width * height
-    passes = 2 if tokens <= GUIDANCE_BATCH_TOKENS else 1
-    widest = max(_bytes_per_token(e, ELEMENT_BYTES[precision[e.name]]) for e in variant.experts)
+    from wantrt.runtime.memory import phases, predict
+    from wantrt.runtime.residency import POLICIES
+    from wantrt.runtime.sizes import dit_symbols
+
+    of_phases = phases(variant, precision, size, num_frames, stacks)
     return SizeInfo(
         size=size,
         num_frames=num_frames,
-        tokens=tokens,
-        denoise_bytes=passes * tokens * widest,
-        decode_bytes=_decode_bytes(variant, size, ELEMENT_BYTES[precision["vae"]]),
+        tokens=dit_symbols(variant, size, num_frames, guided=True)["L"],
+        runtimes=runtimes,
+        memory={policy: predict(of_phases, policy) for policy in POLICIES},
     )
 
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+def describe_bundle_sizes(bundle: Bundle) -> list[SizeInfo]:
+    """The sizes that the bundle's plans serve, in their order, then the variant's others."""
+    from wantrt.runtime.sizes import served_sizes
 
-
-def _bytes_per_token(expert: Expert, element: int) -> int:
-    """The widest moment of a DiT block: the residual twice in float32, and beside it either
-    q, k, v, their rotated copies and the output of attention, or the feed-forward before and after
-    its activation.
-    """
-    attention, feed_forward = 6 * expert.dit.dim, expert.dit.dim + 2 * expert.dit.ffn_dim
-    return 2 * 4 * expert.dit.dim + element * max(attention, feed_forward)
-
-
-def _decode_bytes(variant: Variant, size: Size, element: int) -> int:
-    """Two banks of caches, and four feature maps of a chunk at full resolution."""
-    import torch
-
-    from wantrt.models.components import vae_components
-
-    components = vae_components(variant.vae, torch.float32)
-    (decoder,) = (c for c in components if c.name == "vae_decoder_next")
-    width, height = (side // variant.vae.spatial_stride for side in size)
-    banks = (
-        2
-        * element
-        * sum(
-            prod(spec.concrete({"h": height, "w": width}))
-            for name, spec in decoder.inputs.items()
-            if name.startswith("cache")
-        )
-    )
-    frame = size[0] * size[1] * variant.vae.decoder_dim * element
-    return banks + 4 * (variant.vae.temporal_stride + 2) * frame
+    variant = bundle.variant
+    videos: dict[tuple[Size, int], list[str]] = {}
+    for runtime in RUNTIMES.values():
+        for served in served_sizes(bundle, runtime.name) if runtime.compiled else ():
+            for end in dict.fromkeys((served.smallest, served.largest)):
+                videos.setdefault(end, []).append(runtime.name)
+    for size in variant.sizes:
+        videos.setdefault((size, variant.num_frames), [])
+    stacks = {part: bundle.stack_of(part) for part in bundle.precision}
+    return [
+        describe_size(variant, bundle.precision, *video, stacks, tuple(dict.fromkeys(names)))
+        for video, names in videos.items()
+    ]
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, object]:
@@ -211,5 +196,12 @@ def describe_bundle(bundle: Bundle) -> dict[str, object]:
         },
         "bytes": sum(record.size for record in files.values()),
         "tools": bundle.manifest.tools,
-        "sizes": [asdict(size) for size in describe_sizes(bundle.variant, bundle.precision)],
+        "sizes": [plain_size(size) for size in describe_bundle_sizes(bundle)],
     }
+
+
+def plain_size(size: SizeInfo) -> dict[str, object]:
+    plain = asdict(size)
+    for policy, memory in size.memory.items():
+        plain["memory"][policy]["total_bytes"] = memory.total_bytes
+    return plain

@@ -2,36 +2,39 @@
 
 The reference is always the torch modules in float32 with the weights of the *checkpoint*, never a
 runtime's own idea of itself. Checked are: the hash of every file; every weight against its source,
-and for NaN; every component at a small odd shape, each time it runs, all outputs; and on request
-the latents of a few denoising steps, where errors add up.
+and for NaN; every component at a small odd shape (with plans: at the smallest sizes that they
+serve), each time it runs, all outputs; and on request the latents of a few denoising steps, where
+errors add up. On a GPU the reference runs there too, in float32 without TF32.
 
 Weights are read from the checkpoint as a stream: at most one stack of layers is in memory.
 """
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
 
 from wantrt.bundle import Bundle
 from wantrt.checkpoints import Checkpoint, open_checkpoint
-from wantrt.config import DiTConfig, TextEncoderConfig
-from wantrt.device import CPUDevice
+from wantrt.config import DiTConfig, Size, TextEncoderConfig
+from wantrt.device import Device
 from wantrt.errors import BundleError, CancelledError
 from wantrt.folder import Progress, silent
 from wantrt.models.components import Component, part_components
 from wantrt.models.dit import rope_tables, timestep_sinusoid
 from wantrt.models.umt5 import position_buckets
 from wantrt.pieces import read_log
-from wantrt.runtime.denoiser import Transformer
-from wantrt.runtime.loading import Files, Runtime, choose_runtime
+from wantrt.runtime.loading import RUNTIMES, Runtime, choose_for
+from wantrt.runtime.parts import load_part
 from wantrt.runtime.pipeline import Pipeline
 from wantrt.runtime.pipeline import Progress as Stage
+from wantrt.runtime.residency import Part
+from wantrt.runtime.sizes import served_sizes
 from wantrt.runtime.torch_session import TorchSession, load_sessions
-from wantrt.session import Session, Tensors
+from wantrt.session import Range, Session, Tensors
 
 SYMBOLS = {"B": 2, "S": 11, "T": 3, "F": 2, "h": 3, "w": 5, "L": 30}  # small, odd; L = F·h·w
 PROMPT = "a red circle moves right"
@@ -100,24 +103,28 @@ def verify(
     *,
     runtime: str | None = None,
     steps: int = 0,
+    trust_plans: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Compare a bundle with its checkpoint, which is None for the one that it was built from.
 
-    Raises BundleError for altered files and for another checkpoint.
+    trust_plans: see `Pipeline.load`. Raises BundleError for altered files and for another
+    checkpoint.
     """
     bundle.check_hashes(progress)
-    chosen = choose_runtime(runtime, bundle.precision.values())
+    chosen = choose_for(bundle, runtime)
     opened = open_source(bundle, checkpoint)
     components: list[Comparison] = []
     nonfinite: list[str] = []
     different: list[str] = []
     for part in bundle.precision:
-        check = _PartCheck(bundle, opened, part, chosen)
+        check = _PartCheck(bundle, opened, part, chosen, trust_plans)
         components += check.run(progress)
         nonfinite += check.nonfinite
         different += check.different
-    trajectory = compare_steps(bundle, opened, chosen, steps, progress) if steps else []
+    trajectory: list[Comparison] = []
+    if steps:
+        trajectory = compare_steps(bundle, opened, chosen, steps, trust_plans, progress)
     return Report(
         chosen.name, tuple(components), tuple(nonfinite), tuple(different), tuple(trajectory)
     )
@@ -140,25 +147,27 @@ def open_source(bundle: Bundle, checkpoint: str | None) -> Checkpoint:
 class _PartCheck:
     """The components of one part, each compared as soon as its weights have come by."""
 
-    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, part: str, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        checkpoint: Checkpoint,
+        part: str,
+        runtime: Runtime,
+        trust_plans: bool,
+    ) -> None:
         self.checkpoint, self.part = checkpoint, part
         self.precision = bundle.precision[part]
         self.config = checkpoint.parts[part].config
         self.weights = bundle.weights(part)
         self.device = runtime.make_device()
-        on_device = {name: t.to(self.device.torch_device) for name, t in self.weights.items()}
         self.components = bundle.components(part)
         references = part_components(bundle.variant, part, torch.float32, bundle.stack_of(part))
+        with self.device.stream():
+            sessions = load_part(bundle, part, runtime, self.device, trust_plans=trust_plans)
         self.pending = [
             _Run(component, reference, session, instance)
             for component, reference in zip(self.components, references, strict=True)
-            for session, instance in zip(
-                runtime.load(
-                    component, Files(bundle.graph(component.name, part)), on_device, self.device
-                ),
-                component.instances,
-                strict=True,
-            )
+            for session, instance in zip(sessions[component.name], component.instances, strict=True)
         ]
         self.nonfinite: list[str] = []
         self.different: list[str] = []
@@ -171,7 +180,7 @@ class _PartCheck:
             self._check_weight(name, tensor)
             for run in [run for run in self.pending if held.keys() >= run.weights]:
                 self.pending.remove(run)
-                error, cosine = run.compare(held, self.config, self.device.torch_device)
+                error, cosine = run.compare(held, self.config, self.device)
                 worse, lower = worst.get(run.component.name, (0.0, 1.0))
                 worst[run.component.name] = (max(worse, error), min(lower, cosine))
             needed = {name for run in self.pending for name in run.weights}
@@ -211,26 +220,64 @@ class _Run:
         """The prepared tensors it runs with."""
         return set(self.instance.values())
 
-    def compare(self, held: Tensors, config: object, device: torch.device) -> tuple[float, float]:
+    def compare(self, held: Tensors, config: object, device: Device) -> tuple[float, float]:
         """The largest relative error and the smallest cosine of its outputs."""
-        inputs = make_inputs(self.component, config)
+        where = device.torch_device
+        inputs = {
+            name: tensor.to(where)
+            for name, tensor in make_inputs(
+                self.component, config, smallest_sizes(self.session.serves)
+            ).items()
+        }
         reference = TorchSession(
-            self.reference, {name: held[prepared] for name, prepared in self.instance.items()}
+            self.reference,
+            {name: held[prepared].to(where) for name, prepared in self.instance.items()},
         )
         specs = self.reference.inputs
-        expected = reference.run({name: t.to(specs[name].dtype) for name, t in inputs.items()})
-        actual = self.session.run({name: t.to(device) for name, t in inputs.items()})
-        distances = [distance(actual[name].cpu(), tensor) for name, tensor in expected.items()]
+        with device.stream():
+            with exact_float32():
+                expected = reference.run(
+                    {name: tensor.to(specs[name].dtype) for name, tensor in inputs.items()}
+                )
+            actual = self.session.run(inputs)
+            distances = [
+                distance(actual[name].cpu(), tensor.cpu()) for name, tensor in expected.items()
+            ]
         return max(error for error, _ in distances), min(cosine for _, cosine in distances)
 
 
-def make_inputs(component: Component, config: object) -> dict[str, Tensor]:
-    """Inputs of ordinary size at SYMBOLS, always the same, in the dtypes that it takes."""
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """cuDNN would use TF32 for float32 convolutions."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def smallest_sizes(serves: Sequence[Mapping[str, Range]]) -> dict[str, int]:
+    """SYMBOLS, or what is nearest to them of what a session serves."""
+    nearest = [
+        {
+            symbol: min(max(SYMBOLS.get(symbol, low), low), high)
+            for symbol, (low, _, high) in plan.items()
+        }
+        for plan in serves
+    ]
+    return SYMBOLS | min(nearest, key=lambda sizes: prod(sizes.values()), default={})
+
+
+def make_inputs(
+    component: Component, config: object, symbols: Mapping[str, int] = SYMBOLS
+) -> dict[str, Tensor]:
+    """Inputs of ordinary size, always the same, in the dtypes that it takes."""
     generator = torch.Generator().manual_seed(0)
     inputs = {}
     for name, spec in component.inputs.items():
-        shape = spec.concrete(SYMBOLS)
-        table = _table(name, shape, config)
+        shape = spec.concrete(symbols)
+        table = _table(name, shape, config, symbols)
         noise = torch.randn(shape, generator=generator) * (0.3 if name in ("e", "e6") else 1.0)
         inputs[name] = (noise.clamp(-1, 1) if name == "pixels" else noise).to(spec.dtype)
         if table is not None:
@@ -238,7 +285,9 @@ def make_inputs(component: Component, config: object) -> dict[str, Tensor]:
     return inputs
 
 
-def _table(name: str, shape: tuple[int, ...], config: object) -> Tensor | None:
+def _table(
+    name: str, shape: tuple[int, ...], config: object, symbols: Mapping[str, int]
+) -> Tensor | None:
     """Inputs that are not free: tokens, masks, tables."""
     if isinstance(config, TextEncoderConfig):
         if name == "tokens":
@@ -253,9 +302,11 @@ def _table(name: str, shape: tuple[int, ...], config: object) -> Tensor | None:
         if name == "sinusoid":
             return timestep_sinusoid(torch.linspace(999, 1, shape[0]), config.freq_dim)
         if name in ("cos", "sin"):
+            frames, height, width = (symbols[symbol] for symbol in "Fhw")
+            if frames * height * width != shape[0]:  # a stack's plan knows the product alone
+                frames, height, width = 1, 1, shape[0]
             _, ph, pw = config.patch_size
-            cells = (SYMBOLS["F"], ph * SYMBOLS["h"], pw * SYMBOLS["w"])
-            return rope_tables(config, *cells)[name == "sin"]
+            return rope_tables(config, frames, ph * height, pw * width)[name == "sin"]
     return None
 
 
@@ -272,15 +323,24 @@ def distance(actual: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def compare_steps(
-    bundle: Bundle, checkpoint: Checkpoint, runtime: Runtime, steps: int, progress: Progress
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    steps: int,
+    trust_plans: bool,
+    progress: Progress,
 ) -> list[Comparison]:
     """The latent after each of `steps` denoising steps of a small video, with its reference."""
     precisions = list(bundle.precision.values())
     lowest = max(precisions, key=lambda p: TRAJECTORY_TOLERANCE[p].relative_error)
-    with Pipeline.load(bundle.path, runtime.name) as pipe:
-        actual = _latents(pipe, steps, "steps", progress)
-    with _reference(bundle, checkpoint) as pipe:
-        expected = _latents(pipe, steps, "reference steps", progress)
+    video = _small_video(bundle, runtime)
+    with Pipeline.load(
+        bundle.path, runtime.name, residency="phase", trust_plans=trust_plans
+    ) as pipe:
+        actual = _latents(pipe, video, steps, "steps", progress)
+        device = pipe.device
+    with _reference(bundle, checkpoint, device) as pipe, exact_float32():
+        expected = _latents(pipe, video, steps, "reference steps", progress)
     return [
         Comparison(
             f"step {number}", "latent", lowest, *distance(a, e), TRAJECTORY_TOLERANCE[lowest]
@@ -289,7 +349,17 @@ def compare_steps(
     ]
 
 
-def _latents(pipe: Pipeline, steps: int, label: str, progress: Progress) -> list[Tensor]:
+def _small_video(bundle: Bundle, runtime: Runtime) -> tuple[Size, int]:
+    """Size and frames: the smallest that plans serve, or what is small enough everywhere."""
+    if served := [one.smallest for one in served_sizes(bundle, runtime.name)]:
+        return min(served, key=lambda video: prod(video[0]) * video[1])
+    side = TRAJECTORY_CELLS * bundle.variant.size_step
+    return (side, side), TRAJECTORY_FRAMES
+
+
+def _latents(
+    pipe: Pipeline, video: tuple[Size, int], steps: int, label: str, progress: Progress
+) -> list[Tensor]:
     latents: list[Tensor] = []
 
     def keep(stage: Stage) -> bool:
@@ -298,12 +368,12 @@ def _latents(pipe: Pipeline, steps: int, label: str, progress: Progress) -> list
             progress(label, stage.done, stage.total)
         return len(latents) < steps  # then nothing is decoded
 
-    side = TRAJECTORY_CELLS * pipe.variant.size_step
+    size, num_frames = video
     with suppress(CancelledError):
         pipe(
             PROMPT,
-            size=(side, side),
-            num_frames=TRAJECTORY_FRAMES,
+            size=size,
+            num_frames=num_frames,
             num_inference_steps=steps,
             seed=0,
             callback=keep,
@@ -311,25 +381,16 @@ def _latents(pipe: Pipeline, steps: int, label: str, progress: Progress) -> list
     return latents
 
 
-def _reference(bundle: Bundle, checkpoint: Checkpoint) -> Pipeline:
-    """The pipeline of the checkpoint itself, in float32 and torch."""
-    from wantrt.runtime.decoder import Decoder
-    from wantrt.runtime.prompt import Tokenizer
-    from wantrt.runtime.text import TextEncoder
+def _reference(bundle: Bundle, checkpoint: Checkpoint, device: Device) -> Pipeline:
+    """The pipeline of the checkpoint itself, in float32 and torch, a part at a time."""
 
-    variant, device = bundle.variant, CPUDevice()
+    def part(name: str) -> Part:
+        def load() -> dict[str, list[TorchSession]]:
+            weights = dict(checkpoint.read(name, torch.float32))
+            components = part_components(bundle.variant, name, torch.float32, bundle.stack_of(name))
+            return {c.name: load_sessions(c, None, weights, device) for c in components}
 
-    def sessions(part: str) -> dict[str, list[TorchSession]]:
-        weights = dict(checkpoint.read(part, torch.float32))
-        components = part_components(variant, part, torch.float32, bundle.stack_of(part))
-        return {c.name: load_sessions(c, None, weights, device) for c in components}
+        return Part(load, device, resident=False)
 
-    tokenizer = Tokenizer(bundle.tokenizer, variant.experts[0].dit.text_len)
-    return Pipeline(
-        bundle,
-        choose_runtime("torch", ()),
-        device,
-        TextEncoder(variant.text_encoder, tokenizer, sessions("text_encoder"), device),
-        [Transformer(expert.dit, sessions(expert.name)) for expert in variant.experts],
-        Decoder(variant.vae, sessions("vae"), device),
-    )
+    parts = {name: part(name) for name in bundle.precision}
+    return Pipeline(bundle, RUNTIMES["torch"], device, parts, "phase")

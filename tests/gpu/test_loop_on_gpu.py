@@ -43,7 +43,7 @@ def generate(dtype: torch.dtype, device: Device, solver: str = "unipc") -> tuple
     grid = make_grid(solver, "official", STEPS, NANO.flow_shift)
     transformer = Transformer(EXPERT.dit, load(EXPERT.name, dtype, device))
     stages = [Stage(transformer, range(STEPS), EXPERT.guidance_scale)]
-    *_, latent = Denoiser(stages, grid, solver, device).run(noise, embeds, negative)
+    *_, latent = Denoiser(device).run(stages, grid, solver, noise, embeds, negative)
     decoder = Decoder(NANO.vae, load("vae", dtype, device), device)
     frames = torch.cat([to_frames(pixels) for pixels in decoder.decode(latent)])
     return latent.cpu(), frames

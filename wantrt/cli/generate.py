@@ -17,9 +17,19 @@ if TYPE_CHECKING:
 @command()
 @click.argument("prompt", required=False)
 @click.option("--bundle", type=click.Path(path_type=Path), help="[default: nano, which ships]")
-@click.option("--runtime", default="auto", show_default=True, help="onnxruntime or torch.")
+@click.option(
+    "--runtime",
+    default="auto",
+    show_default=True,
+    help="tensorrt, tensorrt-rtx, onnxruntime or torch.",
+)
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.")
-@click.option("--size", metavar="WxH", callback=size_option, help="Pixels.")
+@click.option(
+    "--size",
+    metavar="WxH",
+    callback=size_option,
+    help="Pixels. [default: the model's, or the first that the bundle's plans serve]",
+)
 @click.option("--frames", "num_frames", type=int, metavar="N", help="4n + 1 of them.")
 @click.option("--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps.")
 @click.option("--guidance-scale", type=float, metavar="X", help="1 is no guidance.")
@@ -31,6 +41,18 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, metavar="N", help="[default: drawn, and told]")
 @click.option("--noise", default="cpu", show_default=True, help="Whose generator: cpu or cuda.")
+@click.option(
+    "--residency",
+    default="resident",
+    show_default=True,
+    metavar="NAME",
+    help="What stays in a GPU's memory: resident (all), phase (a part at a time) or stream (phase, "
+    "and stacks come from host memory).",
+)
+@click.option(
+    "--text-encoder", "text_encoder_on", metavar="DEVICE", help="cpu: the text encoder runs there."
+)
+@click.option("--trust-plans", is_flag=True, help="Run plans that another machine compiled.")
 @click.option("--init-latents", type=click.Path(path_type=Path), help="Start from these.")
 @click.option("--latents", type=click.Path(path_type=Path), help="Save the final latents here.")
 @click.option(
@@ -56,6 +78,9 @@ def generate(
     latents: Path | None,
     init_latents: Path | None,
     overwrite: bool,
+    residency: str,
+    text_encoder_on: str | None,
+    trust_plans: bool,
     **settings: Any,
 ) -> int:
     """Make a video from PROMPT, or one from every line of --prompts.
@@ -82,7 +107,15 @@ def generate(
         loaded = Bundle.load(bundle) if bundle else default_bundle(progress)
         folder = Path(out or ".") if prompts else Path()
         for result in generate_all(
-            loaded, jobs, runtime=runtime, folder=folder, overwrite=overwrite, progress=progress
+            loaded,
+            jobs,
+            runtime=runtime,
+            residency=residency,
+            text_encoder_on=text_encoder_on,
+            trust_plans=trust_plans,
+            folder=folder,
+            overwrite=overwrite,
+            progress=progress,
         ):
             if isinstance(result, Failed) and prompt is not None:
                 raise result.error

@@ -80,7 +80,7 @@ def show_machine(console: Console) -> None:
 
 def show_variant(console: Console, variant: Variant) -> None:
     """All fields, a section for each record in it."""
-    from wantrt.info import WORKS, describe_sizes, variant_status
+    from wantrt.info import WORKS, describe_sizes, plain_size, variant_status
 
     sections: list[Any] = [section(variant.name, variant), ""]
     shown: dict[Any, str] = {}
@@ -96,8 +96,10 @@ def show_variant(console: Console, variant: Variant) -> None:
     status = variant_status(variant)
     if status == WORKS:
         parts = ("text_encoder", *(expert.name for expert in variant.experts), "vae")
-        sizes = describe_sizes(variant, dict.fromkeys(parts, "fp32"))
-        sections += [sizes_table([asdict(size) for size in sizes]), ""]
+        sizes = describe_sizes(variant, dict.fromkeys(parts, "bf16"))
+        rows = sizes_table([plain_size(size) for size in sizes])
+        rows.caption = f"{rows.caption}; precision bf16"
+        sections += [rows, ""]
     console.print(*sections, f"today: {status}")
     console.result({**asdict(variant), "today": status})
 
@@ -161,16 +163,16 @@ def show_bundle(console: Console, bundle: "Bundle") -> None:
 
 
 def sizes_table(sizes: list[dict[str, Any]]) -> "Table":
-    rows = table("size", "frames", "tokens", "denoising, about", "decoding, about")
+    columns = ("weights", "scratch", "caches", "buffers", "total")
+    rows = table("size", "frames", "tokens", "residency", *columns, "plans")
     for size in sizes:
-        rows.add_row(
-            "x".join(map(str, size["size"])),
-            str(size["num_frames"]),
-            f"{size['tokens']:,}",
-            gib(size["denoise_bytes"]),
-            gib(size["decode_bytes"]),
-        )
-    rows.caption = "memory beside the weights, both guidance passes at once"
+        facts = ["x".join(map(str, size["size"])), str(size["num_frames"]), f"{size['tokens']:,}"]
+        plans = ", ".join(size["runtimes"]) or "–"
+        for policy, memory in size["memory"].items():
+            parts = [gib(memory[f"{column}_bytes"]) for column in columns]
+            rows.add_row(*facts, policy, *parts, plans)
+            facts, plans = ["", "", ""], ""
+    rows.caption = "a GPU's memory at its fullest, with guidance; scratch is an estimate"
     return rows
 
 

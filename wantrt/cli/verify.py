@@ -16,7 +16,12 @@ NAMED = 20  # weights of one kind that are listed
 @click.option(
     "--checkpoint", metavar="SOURCE", help="[default: what the bundle was built from here]"
 )
-@click.option("--runtime", default="auto", show_default=True, help="onnxruntime or torch.")
+@click.option(
+    "--runtime",
+    default="auto",
+    show_default=True,
+    help="tensorrt, tensorrt-rtx, onnxruntime or torch.",
+)
 @click.option(
     "--steps",
     type=click.IntRange(min=0),
@@ -24,8 +29,14 @@ NAMED = 20  # weights of one kind that are listed
     metavar="N",
     help="Also compare the latents of N denoising steps.",
 )
+@click.option("--trust-plans", is_flag=True, help="Run plans that another machine compiled.")
 def verify(
-    console: Console, bundle: Path | None, checkpoint: str | None, runtime: str, steps: int
+    console: Console,
+    bundle: Path | None,
+    checkpoint: str | None,
+    runtime: str,
+    steps: int,
+    trust_plans: bool,
 ) -> int:
     """Compare every component of a bundle with the checkpoint's float32 reference.
 
@@ -38,7 +49,14 @@ def verify(
 
     with console.progress() as progress:
         loaded = Bundle.load(bundle) if bundle else default_bundle(progress)
-        report = verify_bundle(loaded, checkpoint, runtime=runtime, steps=steps, progress=progress)
+        report = verify_bundle(
+            loaded,
+            checkpoint,
+            runtime=runtime,
+            steps=steps,
+            trust_plans=trust_plans,
+            progress=progress,
+        )
     rows = table("part", "component", "precision", "relative error", "at most", "cosine", "")
     for found in (*report.components, *report.trajectory):
         rows.add_row(

@@ -6,13 +6,17 @@
 
 The same seed on the same machine and runtime gives the same bits. A pipeline serves one generation
 at a time; a second one, from whichever thread, is refused.
+
+What lies in the device's memory is a policy (wantrt/runtime/residency.py). On a GPU a denoising
+step and the decoder's chunks are captured after their first run and replayed, also by later
+generations of the same size; under `stream` denoising is not captured.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,15 +29,20 @@ from torch import Tensor
 
 from wantrt import __version__
 from wantrt.bundle import Bundle
-from wantrt.config import Variant, require_task
-from wantrt.device import Device
+from wantrt.config import Size, Variant, require_task
+from wantrt.device import CPUDevice, Device
 from wantrt.errors import CancelledError, ExecutionError, SettingsError
 from wantrt.media import Video
+from wantrt.names import check_name
 from wantrt.runtime.decoder import Decoder, to_frames
 from wantrt.runtime.denoiser import Denoiser, Stage, Transformer
-from wantrt.runtime.loading import Files, Runtime, choose_runtime
+from wantrt.runtime.loading import RUNTIMES, Runtime, choose_for
+from wantrt.runtime.memory import PhaseMemory, check_memory, phases, predict, weights_alone
+from wantrt.runtime.parts import load_part
 from wantrt.runtime.prompt import Tokenizer
-from wantrt.runtime.settings import Settings, resolve
+from wantrt.runtime.residency import POLICIES, Part
+from wantrt.runtime.settings import Settings
+from wantrt.runtime.sizes import check_served, resolve_for
 from wantrt.runtime.text import TextEncoder
 from wantrt.schedulers.grids import Grid, count_high_noise_steps, make_grid
 from wantrt.schedulers.noise import draw_noise
@@ -69,25 +78,49 @@ class Pipeline:
         bundle: Bundle,
         runtime: Runtime,
         device: Device,
-        text_encoder: TextEncoder,
-        transformers: Sequence[Transformer],
-        decoder: Decoder,
+        parts: Mapping[str, Part],
+        residency: str = "resident",
     ) -> None:
+        """parts: "text_encoder", each expert and "vae", as the policy `residency` loads them."""
+        variant, keep = bundle.variant, residency == "resident"
         self.bundle, self.runtime, self.device = bundle, runtime, device
-        self.text_encoder, self.transformers, self.decoder = text_encoder, transformers, decoder
+        self.parts, self.residency = dict(parts), residency
+        text = self.parts["text_encoder"]
+        tokenizer = Tokenizer(bundle.tokenizer, variant.experts[0].dit.text_len)
+        self.text_encoder = TextEncoder(variant.text_encoder, tokenizer, text, text.device)
+        self.transformers = [
+            Transformer(expert.dit, part, expert.name, part.leave)
+            for expert in variant.experts
+            for part in [self.parts[expert.name]]
+        ]
+        self.denoiser = Denoiser(device, captures=residency != "stream", keep=keep)
+        self.decoder = Decoder(variant.vae, self.parts["vae"], device, keep=keep)
+        self._fitting: set[tuple[Size, int]] = set()  # what was found to have memory enough
         self._busy = threading.Lock()
         self._cancelled = threading.Event()
         self._closed = False
 
     @classmethod
     def load(
-        cls, bundle: str | os.PathLike[str] | None = None, runtime: str | None = None
+        cls,
+        bundle: str | os.PathLike[str] | None = None,
+        runtime: str | None = None,
+        *,
+        residency: str = "resident",
+        text_encoder_on: str | None = None,
+        trust_plans: bool = False,
     ) -> "Pipeline":
         """Load a bundle; None is the small `nano` checkpoint that ships with wantrt.
 
-        runtime: "onnxruntime" or "torch"; None takes the best one that bundle and machine share.
-        Raises BundleError, RuntimeUnavailableError, UnsupportedTaskError, SettingsError.
+        runtime: "tensorrt", "tensorrt-rtx", "onnxruntime" or "torch"; None takes the best one that
+        bundle and machine share. residency: "resident", "phase" or "stream", which need less and
+        less memory of a GPU (wantrt/runtime/residency.py). text_encoder_on: "cpu" runs it there,
+        with torch. trust_plans: run plans that another machine compiled; otherwise they are
+        compiled again from the bundle's graphs. Raises BundleError, RuntimeUnavailableError,
+        UnsupportedTaskError, SettingsError.
         """
+        check_name("residency", residency, POLICIES)
+        check_name("place of the text encoder", text_encoder_on or "cpu", ("cpu",))
         if bundle is None:
             from wantrt.build import default_bundle
 
@@ -96,37 +129,44 @@ class Pipeline:
             loaded = Bundle.load(Path(bundle))
         variant = loaded.variant
         require_task(variant.task, variant.name)
-        chosen = choose_runtime(runtime, loaded.precision.values())
+        chosen = choose_for(loaded, runtime)
         device = chosen.make_device()
 
-        def sessions(part: str, prefix: str = "") -> dict[str, Sequence[Session]]:
-            weights = {
-                name: tensor.to(device.torch_device)
-                for name, tensor in loaded.weights(part).items()
-            }
-            return {
-                c.name: chosen.load(c, Files(loaded.graph(c.name, part)), weights, device)
-                for c in loaded.components(part)
-                if c.name.startswith(prefix)
-            }
+        def part(name: str, runtime: Runtime, device: Device) -> Part:
+            def load() -> dict[str, Sequence[Session]]:
+                return load_part(
+                    loaded,
+                    name,
+                    runtime,
+                    device,
+                    prefix="vae_decoder" if name == "vae" else "",
+                    streamed=residency == "stream" and runtime is chosen,
+                    trust_plans=trust_plans,
+                )
 
-        text_encoder = TextEncoder(
-            variant.text_encoder,
-            Tokenizer(loaded.tokenizer, variant.experts[0].dit.text_len),
-            sessions("text_encoder"),
-            device,
-        )
-        transformers = [Transformer(e.dit, sessions(e.name)) for e in variant.experts]
-        decoder = Decoder(variant.vae, sessions("vae", "vae_decoder"), device)
-        return cls(loaded, chosen, device, text_encoder, transformers, decoder)
+            return Part(load, device, resident=residency == "resident")
+
+        parts = {name: part(name, chosen, device) for name in loaded.precision}
+        if text_encoder_on == "cpu":
+            parts["text_encoder"] = part("text_encoder", RUNTIMES["torch"], CPUDevice())
+        pipe = cls(loaded, chosen, device, parts, residency)
+        if residency == "resident":
+            alone = [weights_alone(phase) for phase in pipe._phases(variant.size, 1)]
+            check_memory(alone, residency, device, what=f"the weights of {loaded.path}")
+            for resident in parts.values():
+                resident.load()
+        return pipe
 
     @property
     def variant(self) -> Variant:
         return self.bundle.variant
 
     def resolve(self, prompt: str, **settings: Any) -> Settings:
-        """The settings that a call with these arguments runs with; raises what it would raise."""
-        return resolve(self.variant, self.bundle.settings, prompt=prompt, **settings)
+        """The settings that a call with these arguments runs with; raises what it would raise.
+
+        The default size is the variant's, or the first that the bundle's plans serve.
+        """
+        return resolve_for(self.bundle, self.runtime.name, prompt=prompt, **settings)
 
     def __call__(
         self,
@@ -186,7 +226,12 @@ class Pipeline:
         """Free sessions and weights. The pipeline cannot be used afterwards."""
         if not self._closed:
             self._closed = True
-            del self.text_encoder, self.transformers, self.decoder
+            self.denoiser.forget()
+            self.decoder.forget()
+            for part in self.parts.values():
+                part.free()
+            del self.text_encoder, self.transformers, self.denoiser, self.decoder
+            self.parts.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -206,6 +251,7 @@ class Pipeline:
             return self.resolve(prompt, **settings)
         if settings:
             raise SettingsError("settings are resolved already; give no more of them")
+        check_served(self.bundle, self.runtime.name, prompt)
         return prompt
 
     def _generate(
@@ -230,17 +276,25 @@ class Pipeline:
             if wanted is False or self._cancelled.is_set():
                 raise CancelledError(f"cancelled in {stage}, after {done} of {total}")
 
+        steps: Generator[Tensor] | None = None
+        chunks: Generator[Tensor] | None = None
         try:
+            self._check_memory(settings)
             with torch.inference_mode(), self.device.stream():
                 grid = self._grid(settings)
                 noise = self._start(settings, init_latents)
                 embeds = self._embed(settings, report)
+                self.parts["text_encoder"].leave()
                 clock.lap("text_s")
-                denoiser = Denoiser(
-                    self._stages(settings, grid), grid, settings.solver, self.device
-                )
                 latent = noise
-                steps = denoiser.run(noise, embeds[:1], embeds[1:])
+                steps = self.denoiser.run(
+                    self._stages(settings, grid),
+                    grid,
+                    settings.solver,
+                    noise,
+                    embeds[:1],
+                    embeds[1:],
+                )
                 for done, latent in enumerate(steps, 1):
                     report("denoise", done, settings.num_inference_steps, latent)
                 if not torch.isfinite(latent).all():
@@ -260,7 +314,41 @@ class Pipeline:
                 yield frames
                 clock.restart()
         finally:
+            for running in (steps, chunks):
+                if running is not None:
+                    running.close()
+            for part in self.parts.values():
+                part.leave()
             self._busy.release()
+
+    def _check_memory(self, settings: Settings) -> None:
+        """Raises SettingsError before a first generation of a size that will not fit."""
+        asked = (settings.size, settings.num_frames)
+        if asked in self._fitting:
+            return
+        needed = self._phases(*asked)
+        what = f"{settings.size[0]}x{settings.size[1]} with {settings.num_frames} frames"
+        loaded = 0
+        if self.residency == "resident" and self.device.torch_device.type != "cpu":
+            loaded = predict(needed, self.residency).weights_bytes
+        try:
+            check_memory(needed, self.residency, self.device, loaded, what)
+        except SettingsError:  # perhaps for what other sizes keep
+            self.denoiser.forget()
+            self.decoder.forget()
+            self._fitting.clear()
+            check_memory(needed, self.residency, self.device, loaded, what)
+        self._fitting.add(asked)
+
+    def _phases(self, size: Size, num_frames: int) -> list[PhaseMemory]:
+        """What the parts that run on the device take."""
+        bundle = self.bundle
+        stacks = {part: bundle.stack_of(part) for part in bundle.precision}
+        return [
+            phase
+            for phase in phases(self.variant, bundle.precision, size, num_frames, stacks)
+            if self.parts[phase.part].device is self.device
+        ]
 
     def _grid(self, settings: Settings) -> Grid:
         return make_grid(
@@ -289,7 +377,8 @@ class Pipeline:
         """
         guided = any(scale != 1.0 for scale in settings.guidance_scales)
         prompts = [settings.prompt] + ([settings.negative_prompt] if guided else [])
-        return self.text_encoder.encode(prompts, lambda done, total: report("text", done, total))
+        embeds = self.text_encoder.encode(prompts, lambda done, total: report("text", done, total))
+        return embeds.to(self.device.torch_device)
 
     def _stages(self, settings: Settings, grid: Grid) -> list[Stage]:
         """Each expert with the steps it serves."""

@@ -33,6 +33,10 @@ class Solver:
     def num_inference_steps(self) -> int:
         return len(self.rows)
 
+    def load(self, table: Array) -> None:
+        """Take the coefficients of another table of N rows, in place."""
+        self.rows.copy_(torch.tensor(table, dtype=torch.float32))
+
     def reset(self, sample: Tensor) -> None:
         """Start a run: copy in `sample` (the noise, same shape, any dtype), forget the history."""
         self.sample.copy_(sample)
