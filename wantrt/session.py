@@ -37,6 +37,12 @@ class TensorSpec:
             for size in self.shape
         )
 
+    @property
+    def symbol_names(self) -> set[str]:
+        """Those that the shape depends on."""
+        factors = [f for size in self.shape if isinstance(size, str) for f in size.split("*")]
+        return {factor for factor in factors if not factor.isdigit()}
+
     def symbols(self, shape: Sequence[int]) -> dict[str, int]:
         """What the symbols are where the shape is `shape`; a product of symbols tells none."""
         known = {}
@@ -65,6 +71,10 @@ class Session(Protocol):
     @property
     def serves(self) -> Sequence[Mapping[str, Range]]:
         """The sizes it runs at, by symbol, one entry a plan; empty: any size."""
+        ...
+
+    def prepare(self, symbols: Mapping[str, int]) -> None:
+        """Get ready for these sizes now, not in the first run: read files, reserve scratch."""
         ...
 
     def bind(self, name: str, tensor: Tensor) -> None: ...

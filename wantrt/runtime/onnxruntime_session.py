@@ -90,6 +90,9 @@ class OnnxRuntimeSession:
     def serves(self) -> Sequence[Mapping[str, Range]]:
         return ()
 
+    def prepare(self, symbols: Mapping[str, int]) -> None:
+        pass
+
     def bind(self, name: str, tensor: Tensor) -> None:
         self._bound[name] = tensor  # keeps alive what the binding only points to
         self._bind_input(name, tensor)

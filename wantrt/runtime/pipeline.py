@@ -42,7 +42,14 @@ from wantrt.runtime.parts import load_part
 from wantrt.runtime.prompt import Tokenizer
 from wantrt.runtime.residency import POLICIES, Part
 from wantrt.runtime.settings import Settings
-from wantrt.runtime.sizes import check_served, resolve_for
+from wantrt.runtime.sizes import (
+    DIT_STEP,
+    VAE_DECODER,
+    check_served,
+    dit_symbols,
+    resolve_for,
+    vae_symbols,
+)
 from wantrt.runtime.text import TextEncoder
 from wantrt.schedulers.grids import Grid, count_high_noise_steps, make_grid
 from wantrt.schedulers.noise import draw_noise
@@ -281,6 +288,7 @@ class Pipeline:
         try:
             self._check_memory(settings)
             with torch.inference_mode(), self.device.stream():
+                self._prepare(settings)
                 grid = self._grid(settings)
                 noise = self._start(settings, init_latents)
                 embeds = self._embed(settings, report)
@@ -340,6 +348,20 @@ class Pipeline:
             check_memory(needed, self.residency, self.device, loaded, what)
         self._fitting.add(asked)
 
+    def _prepare(self, settings: Settings) -> None:
+        """Let resident sessions reserve scratch: one arena, made before anything is captured."""
+        if self.residency != "resident":
+            return
+        cells = vae_symbols(self.variant, settings.size)
+        for sessions in (self.parts["vae"][name] for name in VAE_DECODER):
+            _prepare_sessions(sessions, cells)
+        for expert, scale in zip(self.variant.experts, settings.guidance_scales, strict=True):
+            symbols = dit_symbols(
+                self.variant, settings.size, settings.num_frames, guided=scale != 1.0
+            )
+            for sessions in (self.parts[expert.name][name] for name in DIT_STEP):
+                _prepare_sessions(sessions, symbols)
+
     def _phases(self, size: Size, num_frames: int) -> list[PhaseMemory]:
         """What the parts that run on the device take."""
         bundle = self.bundle
@@ -392,6 +414,12 @@ class Pipeline:
                 self.transformers, steps, settings.guidance_scales, strict=True
             )
         ]
+
+
+def _prepare_sessions(sessions: Sequence[Session], symbols: Mapping[str, int]) -> None:
+    for session in sessions:
+        names = {name for spec in session.inputs.values() for name in spec.symbol_names}
+        session.prepare({name: size for name, size in symbols.items() if name in names})
 
 
 class _Clock:

@@ -103,6 +103,10 @@ class StreamedSession:
     def serves(self) -> Sequence[Mapping[str, Range]]:
         return self._in_slots[0].serves
 
+    def prepare(self, symbols: Mapping[str, int]) -> None:
+        for session in self._in_slots:
+            session.prepare(symbols)
+
     def bind(self, name: str, tensor: Tensor) -> None:
         """For inputs that all stacks share; the weights are the ring's."""
         for session in self._in_slots:

@@ -47,6 +47,9 @@ class TorchSession:
     def serves(self) -> Sequence[Mapping[str, Range]]:
         return ()
 
+    def prepare(self, symbols: Mapping[str, int]) -> None:
+        pass
+
     def bind(self, name: str, tensor: Tensor) -> None:
         into = self._weights if name in self._weights else self._bound
         into[name] = tensor
