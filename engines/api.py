@@ -90,6 +90,12 @@ class RTXEngineValidity(Protocol):
     def INVALID(self) -> Enum: ...
 
 
+class Logger(Protocol):
+    """ILogger: TensorRT calls it."""
+
+    def log(self, severity: Enum, msg: str) -> None: ...
+
+
 # -- Building -------------------------------------------------------------------------------------
 
 

@@ -86,9 +86,9 @@ class Module(Protocol):
     ILogger: type
     IProgressMonitor: type
 
-    def Builder(self, logger: object) -> api.Builder: ...
-    def OnnxParser(self, network: api.NetworkDefinition, logger: object) -> api.OnnxParser: ...
-    def Runtime(self, logger: object) -> api.Runtime: ...
+    def Builder(self, logger: api.Logger) -> api.Builder: ...
+    def OnnxParser(self, network: api.NetworkDefinition, logger: api.Logger) -> api.OnnxParser: ...
+    def Runtime(self, logger: api.Logger) -> api.Runtime: ...
 
     @property
     def BuilderFlag(self) -> api.BuilderFlag: ...
@@ -275,10 +275,11 @@ def _gpu_target() -> str | None:
     return f"sm{major}{minor}"
 
 
-def _make_logger(module: Module) -> tuple[object, deque[str]]:
+@cache
+def _make_logger(module: Module) -> tuple[api.Logger, deque[str]]:
     """A logger of TensorRT's that writes to Python's, and the last errors that passed through.
 
-    TensorRT takes one a process and ignores a second while the first lives.
+    One a process: TensorRT ignores a second while the first lives.
     """
     errors: deque[str] = deque(maxlen=ERRORS_KEPT)
     levels = {
@@ -295,4 +296,4 @@ def _make_logger(module: Module) -> tuple[object, deque[str]]:
             level = logging.DEBUG
         log.log(level, "%s", message)
 
-    return type("Logger", (module.ILogger,), {"log": write})(), errors
+    return cast(api.Logger, type("Logger", (module.ILogger,), {"log": write})()), errors
