@@ -175,7 +175,7 @@ class Upsample(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        self.config = config
+        self.statistics = Statistics(config)
         dims = [config.encoder_dim * m for m in (1, *config.dim_multipliers)]
         self.conv_in = CausalConv3d(3, dims[0], (3, 3, 3), dtype)
         self.down = nn.ModuleList()
@@ -199,7 +199,7 @@ class Encoder(nn.Module):
         """
         chunk = Caches(caches)
         moments = self.stream(pixels.to(self.conv_in.weight.dtype), chunk)
-        mu, sigma = _statistics(self.config, pixels.device)
+        mu, sigma = self.statistics.on(pixels.device)
         return (moments.chunk(2, dim=1)[0].float() - mu) / sigma, chunk.new
 
     def stream(self, x: Tensor, caches: Caches) -> Tensor:
@@ -214,7 +214,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        self.config = config
+        self.statistics = Statistics(config)
         multipliers = config.dim_multipliers[::-1]
         temporal_upsample = config.temporal_downsample[::-1]
         dims = [config.decoder_dim * m for m in (multipliers[0], *multipliers)]
@@ -240,7 +240,7 @@ class Decoder(nn.Module):
         T = 4F (4F − 3 at the start), and the caches for the next chunk.
         """
         chunk = Caches(caches)
-        mu, sigma = _statistics(self.config, latent.device)
+        mu, sigma = self.statistics.on(latent.device)
         z = (latent.float() * sigma + mu).to(self.conv_in.weight.dtype)
         return self.stream(z, chunk).float().clamp(-1, 1), chunk.new
 
@@ -291,11 +291,23 @@ def _middle(channels: int, dtype: torch.dtype, ops: Ops) -> nn.ModuleList:
     )
 
 
-def _statistics(config: VAEConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latent, each [1, z, 1, 1, 1]."""
-    mu = torch.tensor(config.latents_mean, device=device)
-    sigma = torch.tensor(config.latents_std, device=device)
-    return mu.view(1, -1, 1, 1, 1), sigma.view(1, -1, 1, 1, 1)
+class Statistics:
+    """Mean and standard deviation of the latent, each [1, z, 1, 1, 1].
+
+    They go to a device once: a captured graph cannot hold a copy from the host.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        self.config = config
+        self._made: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._made:
+            with torch.inference_mode(False):  # or training could not use them afterwards
+                mu = torch.tensor(self.config.latents_mean, device=device)
+                sigma = torch.tensor(self.config.latents_std, device=device)
+            self._made[device] = mu.view(1, -1, 1, 1, 1), sigma.view(1, -1, 1, 1, 1)
+        return self._made[device]
 
 
 def frames_as_batch(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
