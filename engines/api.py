@@ -227,7 +227,7 @@ class Engine(Protocol):
 
 
 class Runtime(Protocol):
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None: ...
+    def deserialize_cuda_engine(self, serialized_engine: bytes | HostMemory) -> Engine | None: ...
 
 
 class RTXRuntime(Runtime, Protocol):

@@ -125,7 +125,7 @@ class Flavour:
         self.version = module.__version__
         self.module = module
         self._rtx = cast(RTXModule, module) if hasattr(module, "ComputeCapability") else None
-        self._logger, self._errors = _make_logger(module)
+        self._logger, self._errors = _make_logger(module.ILogger)
         self.builds_without_gpu = self._rtx is not None
         # Where kernels are compiled when a context is made, nothing is timed at build.
         self.has_timing_cache = not hasattr(module, "IRuntimeCache")
@@ -252,14 +252,18 @@ class Flavour:
 
 
 def check_precision(precision: str, targets: Sequence[str]) -> None:
-    """Raises UnsupportedTaskError or SettingsError for what TensorRT does not compile for these."""
+    """Raises UnsupportedTaskError or SettingsError for what TensorRT does not compile for these.
+
+    targets: of `choose_targets`; a name of a GPU is that of this machine.
+    """
     if precision == "fp8":
         raise UnsupportedTaskError("precision fp8 is not there yet. Take bf16.")
     if precision == "fp32":
         raise SettingsError(
             "TensorRT has no fused attention in fp32. Take bf16, or fp16 for Turing (sm75)."
         )
-    lacking = [target for target in targets if target in NO_BFLOAT16]
+    capabilities = {target if target.startswith("sm") else _gpu_target() for target in targets}
+    lacking = [target for target in NO_BFLOAT16 if target in capabilities]
     if precision == "bf16" and lacking:
         raise SettingsError(
             f"{', '.join(lacking)} has no bf16. Build for it apart: --precision fp16 "
@@ -276,10 +280,10 @@ def _gpu_target() -> str | None:
 
 
 @cache
-def _make_logger(module: Module) -> tuple[api.Logger, deque[str]]:
-    """A logger of TensorRT's that writes to Python's, and the last errors that passed through.
+def _make_logger(base: type) -> tuple[api.Logger, deque[str]]:
+    """A logger of TensorRT's that writes to Python's, and the last errors that passed through it.
 
-    One a process: TensorRT ignores a second while the first lives.
+    base: the module's ILogger. One a process: TensorRT ignores a second while the first lives.
     """
     errors: deque[str] = deque(maxlen=ERRORS_KEPT)
     levels = {
@@ -296,4 +300,4 @@ def _make_logger(module: Module) -> tuple[api.Logger, deque[str]]:
             level = logging.DEBUG
         log.log(level, "%s", message)
 
-    return cast(api.Logger, type("Logger", (module.ILogger,), {"log": write})()), errors
+    return cast(api.Logger, type("Logger", (base,), {"log": write})()), errors

@@ -68,28 +68,24 @@ def count_attentions(flavour: Flavour, network: api.NetworkDefinition) -> int:
 def look_into_plan(flavour: Flavour, component: Component, plan: api.HostMemory) -> int | None:
     """Ask the engine inspector for fused attention kernels, where the plan can be loaded.
 
-    Says in the log what it found; None where it cannot look. A second opinion, not a gate: what the
-    kernels are called differs between versions, and these names have not yet been seen on a GPU.
+    Says in the log what it found; None where it cannot look. A second opinion, not a gate: kernels
+    are called differently in every version, TensorRT-RTX chooses them only on the GPU that runs the
+    plan, and these names have not yet been seen on one.
     """
     required = required_fusions(component)
     if not required or not torch.cuda.is_available():
         return None
-    engine = flavour.runtime().deserialize_cuda_engine(bytes(memoryview(plan)))
+    engine = flavour.runtime().deserialize_cuda_engine(plan)
     if engine is None:
         flavour.last_errors()
         return None  # compiled for other GPUs
-    found = engine.create_engine_inspector().get_engine_information(
+    layers = engine.create_engine_inspector().get_engine_information(
         flavour.module.LayerInformationFormat.JSON
     )
-    count = len(FUSED_KERNEL.findall(found))
-    level = logging.INFO if count >= required else logging.WARNING
-    log.log(
-        level,
-        "%s: the inspector names %d fused attention kernels, expected %d",
-        component.name,
-        count,
-        required,
-    )
+    count = len(FUSED_KERNEL.findall(layers))
+    level = logging.WARNING if 0 < count < required else logging.INFO
+    said = "%s: the engine inspector names %d fused attention kernels, expected %d"
+    log.log(level, said, component.name, count, required)
     return count
 
 

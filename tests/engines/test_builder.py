@@ -22,6 +22,7 @@ from wantrt.models.components import Component, dit_components
 
 pytest.importorskip("tensorrt_rtx")
 
+import wantrt.engines.builder as builder
 from wantrt.engines.builder import build_plan, timing_cache_path
 from wantrt.engines.flavours import find_flavour
 from wantrt.engines.fusion import required_fusions
@@ -272,3 +273,22 @@ def test_another_weight_than_the_graph_takes_is_refused(flavour, tmp_path, wrong
 def test_rtx_times_nothing_at_build(flavour):
     assert not flavour.has_timing_cache
     assert timing_cache_path(flavour) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX:DeprecationWarning")
+def test_a_timing_cache_is_written_and_read_again(flavour, tmp_path, monkeypatch):
+    """TensorRT-RTX's is empty, but takes the same calls as the one that matters."""
+    path = tmp_path / "timing" / "gpu.cache"
+    monkeypatch.setattr(builder, "timing_cache_path", lambda flavour: path)
+    request = make_request(dit_stack(), tmp_path, STATIC)
+    plan = bytes(build_plan(flavour, request))
+    assert path.is_file()
+    assert bytes(build_plan(flavour, request)) == plan
+
+
+def test_a_plan_is_deserialised_where_it_lies(flavour, tmp_path):
+    """Not from a copy: a baked stack of 14B has 8 GB. Without a driver TensorRT gives None."""
+    plan = build_plan(flavour, make_request(dit_stack(), tmp_path, STATIC))
+    engine = flavour.runtime().deserialize_cuda_engine(plan)
+    said = flavour.last_errors()
+    assert engine is not None or "Cuda" in said or "CUDA" in said
