@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from wantrt.device import Arena
 
@@ -48,6 +48,7 @@ class Allocation:
     pinned: bool
     written: tuple[str, int] | None = None
     read: Clock = field(default_factory=dict)
+    version: int = 0  # counts the writes
 
     @property
     def freed(self) -> bool:
@@ -147,9 +148,12 @@ class FakeDevice:
         what: str,
         reads: Mapping[str, tuple[int, int]],
         writes: Mapping[str, tuple[int, int]],
-        compute: Callable[[], None],
+        compute: Callable[[Mapping[str, Allocation]], None],
     ) -> None:
-        """Run `compute` on the stream. reads, writes: name -> address and bytes."""
+        """Run `compute` on the stream. reads, writes: name -> address and bytes.
+
+        `compute` gets the memory that each name lies in.
+        """
         used = [
             (name, self._find(what, name, *region), kind == "writes")
             for kind, regions in (("reads", reads), ("writes", writes))
@@ -162,7 +166,8 @@ class FakeDevice:
                 if allocation.freed:
                     self.breaks(f"{what}: the memory of {name} was freed after the capture")
                 self.access(allocation, f"{what}: {name}", written)
-            compute()
+            with unheard():
+                compute({name: allocation for name, allocation, _ in used})
 
         if self._recording is not None:
             self._recording.steps.append(run)
@@ -206,6 +211,7 @@ class FakeDevice:
                 self.breaks(f"{what}: {actor} uses it while {other} may still be at it")
         if write:
             allocation.written, allocation.read = (actor, known.get(actor, 0)), {}
+            allocation.version += 1
         else:
             allocation.read[actor] = known.get(actor, 0)
 
@@ -447,12 +453,25 @@ class _Frozen:
 
 def _clone(tensor: Tensor) -> Tensor:
     """A copy that the device does not hear of."""
-    with _disable_current_modes():
+    with unheard():
         return tensor.clone()
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What the fakes do themselves with tensors, and much faster."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
 def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (tuple, list)):
+        return []
+    return [tensor for value in values for tensor in _tensors(value)]
 
 
 def _storages(values: Any) -> set[int]:

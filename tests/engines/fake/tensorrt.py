@@ -17,13 +17,15 @@ from math import prod
 from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from tests.engines.fake.device import FakeDevice
+from tests.engines.fake.device import Allocation, FakeDevice
 from wantrt.runtime.rewrite import rewrite_attention
 from wantrt.session import TensorSpec
 
@@ -385,6 +387,7 @@ class Context:
         self._memory: tuple[int, int] | None = None
         self._profile: int | None = None
         self._ran_with: dict[str, Shape] | None = None  # shapes of the last ordinary run
+        self._converted: dict[tuple[str, int], tuple[Allocation, int, Any]] = {}
         self._last_use: tuple[FakeDevice, int] | None = None
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -430,11 +433,11 @@ class Context:
         )
         reference, name = weakref.ref(self), self._engine.name
 
-        def compute() -> None:
+        def compute(memory: Mapping[str, Allocation]) -> None:
             context = reference()
             if context is None:
                 device.breaks(f"{name}: its context was freed after the capture")
-            context._compute(shapes, addresses, scratch)
+            context._compute(shapes, addresses, scratch, memory)
 
         device.launch(name, reads, {**writes, "scratch memory": scratch}, compute)
         self._last_use = device, device.ticks
@@ -466,18 +469,35 @@ class Context:
             device.breaks(f"{engine.name}: scratch memory is too small")
 
     def _compute(
-        self, shapes: Mapping[str, Shape], addresses: Mapping[str, int], scratch: tuple[int, int]
+        self,
+        shapes: Mapping[str, Shape],
+        addresses: Mapping[str, int],
+        scratch: tuple[int, int],
+        memory: Mapping[str, Allocation],
     ) -> None:
         engine = self._engine
         ctypes.memset(scratch[0], 0xFF, scratch[1])  # whoever keeps something there has lost it
-        feeds = {}
-        for name in engine.declared[TensorIOMode.INPUT]:
-            value = _at(addresses[name], shapes[name], engine.spec(name).dtype)
-            feeds[name] = (value.float() if value.is_floating_point() else value).numpy()
+        feeds = {
+            name: self._in_float32(name, addresses[name], shapes[name], memory[name])
+            for name in engine.declared[TensorIOMode.INPUT]
+        }
         names = list(engine.declared[TensorIOMode.OUTPUT])
         for name, result in zip(names, engine.session.run(names, feeds), strict=True):
             into = _at(addresses[name], shapes[name], engine.spec(name).dtype)
             into.copy_(torch.from_numpy(result))
+
+    def _in_float32(
+        self, name: str, address: int, shape: Shape, memory: Allocation
+    ) -> NDArray[np.generic]:
+        """What lies at an address. Weights are turned into float32 once: nobody writes them."""
+        value = _at(address, shape, self._engine.spec(name).dtype)
+        if value.dtype in (torch.float32, torch.int64):
+            return value.numpy()
+        known, version, converted = self._converted.get((name, address), (None, 0, None))
+        if known is not memory or version != memory.version:
+            converted = value.float().numpy()
+            self._converted[name, address] = (memory, memory.version, converted)
+        return converted
 
     def _allows(self, name: str, shape: Shape) -> bool:
         engine = self._engine

@@ -1,0 +1,175 @@
+"""From a prompt to frames through the TensorRT runtime, on a GPU and a TensorRT that are fakes.
+
+The build, the sessions, the loop, capture and residency are the product's own. The fakes compute,
+and keep the rules (test_contract.py): a video that comes out is right, and came about rightly.
+"""
+
+import logging
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.engines.fake.device import FakeDevice
+from tests.engines.fake.install import install_tensorrt_rtx
+from tests.engines.fake.tensorrt import Runtime
+from wantrt import Pipeline
+from wantrt.build import plan_build
+from wantrt.engines.flavours import find_flavour
+from wantrt.errors import SettingsError
+from wantrt.nano.judge import judge
+from wantrt.runtime import loading
+
+RUNTIME = "tensorrt-rtx"
+PROMPTS = {
+    "a red circle moves right": ("red", "circle", "right"),
+    "a blue square moves down": ("blue", "square", "down"),
+    "a yellow star grows": ("yellow", "star", "grow"),
+}
+STEPS = 3
+SHORT = {"num_inference_steps": STEPS, "num_frames": 13, "seed": 5}  # 3 chunks after the first
+
+
+@pytest.fixture(scope="module")
+def patches(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        install_tensorrt_rtx(patches)
+        yield patches
+    find_flavour.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def bundles(patches, tmp_path_factory):
+    """nano by where its weights are: apart from the plans, except the VAE's, or all inside."""
+    folder = tmp_path_factory.mktemp("nano")
+    built = {}
+
+    def build(weights: str = "bound"):
+        if weights not in built:
+            out = folder / weights
+            plan = plan_build(
+                variant="nano",
+                out=out,
+                runtime=RUNTIME,
+                targets=["sm89"],
+                weights=weights,
+                frames=[25, 13],
+            )
+            built[weights] = plan.run().path
+        return built[weights]
+
+    return build
+
+
+@contextmanager
+def fake_gpu():
+    """What the runtime makes its device of, meanwhile; no rule may be broken."""
+    device = FakeDevice()
+    fake = replace(loading.RUNTIMES[RUNTIME], missing=lambda: None, make_device=lambda: device)
+    with pytest.MonkeyPatch.context() as patches, device:
+        patches.setitem(loading.RUNTIMES, RUNTIME, fake)
+        yield device
+    assert device.broken == []
+
+
+@pytest.fixture
+def device():
+    with fake_gpu() as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def expected(bundles):
+    """The frames of a short generation, by the reference modules."""
+    with Pipeline.load(bundles(), runtime="torch") as pipe:
+        return pipe("a green triangle rotates", **SHORT).frames.astype(int)
+
+
+@pytest.fixture(scope="module")
+def captured(bundles):
+    """The same with everything resident and captured."""
+    with fake_gpu() as device:
+        frames = generate(bundles())
+    assert device.replays == STEPS - 1 + 1  # steps, and a chunk of one of both parities
+    return frames
+
+
+def generate(bundle, residency="resident"):
+    with Pipeline.load(bundle, runtime=RUNTIME, residency=residency) as pipe:
+        return pipe("a green triangle rotates", **SHORT).frames
+
+
+@pytest.mark.slow
+def test_videos_show_what_the_prompts_say(bundles, device):
+    with Pipeline.load(bundles(), runtime=RUNTIME) as pipe:
+        for prompt, words in PROMPTS.items():
+            seen = judge(pipe(prompt, seed=0).frames)
+            assert (seen.colour, seen.shape, seen.motion) == words, prompt
+    assert device.replays > 0
+
+
+@pytest.mark.slow
+def test_frames_are_those_of_the_reference(captured, expected):
+    assert np.abs(captured - expected).mean() < 1  # of 255: sums in another order, in bf16
+
+
+@pytest.mark.parametrize("residency", ["phase", "stream"])
+def test_every_residency_gives_the_same_bits(bundles, device, captured, residency):
+    """Streamed weights are read and overwritten in time, or a rule would break."""
+    assert np.array_equal(generate(bundles(), residency), captured)
+    # streamed denoising is not captured; the decoder is
+    assert device.replays == (1 if residency == "stream" else STEPS)
+
+
+def test_a_refused_capture_is_said_once_and_gives_the_same(
+    bundles, device, captured, monkeypatch, caplog
+):
+    monkeypatch.setattr(Runtime, "refuses", {"is_stream_capturable"})
+    with caplog.at_level(logging.WARNING, "wantrt"):
+        assert np.array_equal(generate(bundles()), captured)
+    assert device.replays == 0
+    refused = [r.getMessage() for r in caplog.records if "could not be captured" in r.getMessage()]
+    assert sum("denoising step" in message for message in refused) == 1
+    assert len(refused) == 2  # the step, and a chunk
+    assert all("cannot be captured" in message for message in refused)  # the cause is in it
+
+
+def test_baked_weights_give_the_same(bundles, device, captured):
+    """Nearly: ONNX Runtime sums in another order where weights are constants."""
+    assert np.abs(generate(bundles("baked")).astype(int) - captured).mean() < 0.1
+
+
+def test_the_text_encoder_on_the_cpu(bundles, device, expected):
+    with Pipeline.load(
+        bundles(), runtime=RUNTIME, residency="phase", text_encoder_on="cpu"
+    ) as pipe:
+        frames = pipe("a green triangle rotates", **SHORT).frames
+    assert np.abs(frames - expected).mean() < 1
+
+
+def test_captured_work_serves_the_next_generation(bundles, device):
+    """Another prompt, seed, solver and guidance: contents of the same buffers."""
+    other = {**SHORT, "seed": 8, "guidance_scale": 2.0, "solver": "euler"}
+    with Pipeline.load(bundles(), runtime=RUNTIME) as pipe:
+        pipe("a red circle moves right", **SHORT)
+        before = device.replays
+        frames = pipe("a blue square moves down", **other).frames
+        assert device.replays - before == STEPS + 3  # not one ordinary run but the first chunk's
+    with Pipeline.load(bundles(), runtime=RUNTIME) as fresh:
+        assert np.array_equal(fresh("a blue square moves down", **other).frames, frames)
+
+
+def test_without_guidance(bundles, device):
+    with Pipeline.load(bundles(), runtime=RUNTIME) as pipe:
+        first, second = (
+            pipe("a red circle moves right", guidance_scale=1.0, **SHORT).frames for _ in range(2)
+        )
+    assert np.array_equal(first, second)
+
+
+def test_a_size_that_no_plan_serves(bundles, device):
+    with Pipeline.load(bundles(), runtime=RUNTIME) as pipe:
+        with pytest.raises(SettingsError, match=r"(?s)do not serve 64x96.*--size 64x96"):
+            pipe("a red circle moves right", size=(64, 96))
