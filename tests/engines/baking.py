@@ -1,4 +1,4 @@
-"""Bake 266 MB of mapped weights and print the memory it took, as JSON: a process for test_builder.
+"""Bake 200 MB of mapped weights and print the memory it took, as JSON: a process for test_builder.
 
 Anonymous memory is what counts: pages of mapped files are shared and can be dropped.
 """
@@ -7,6 +7,7 @@ import json
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from wantrt.models.components import Component, dit_components
 
 
 def main() -> None:
-    stacks = dit_components(DIT_1_3B, torch.bfloat16, stack=3, ops=ONNX_OPS)
-    component = next(c for c in stacks if c.name == "dit_stack")
+    config = replace(DIT_1_3B, dim=2048, ffn_dim=16384, num_heads=16, num_layers=1)
+    components = dit_components(config, torch.bfloat16, ops=ONNX_OPS)
+    component = next(c for c in components if c.name == "dit_stack")
     with tempfile.TemporaryDirectory() as folder:
         graph, weights = Path(folder, "graph.onnx"), Path(folder, "weights.safetensors")
         export_component(component, graph)
@@ -56,8 +58,8 @@ def make_weights(component: Component) -> dict[str, torch.Tensor]:
     weights, first = {}, 0
     for name, spec in component.weights.items():
         count = prod(spec.concrete({}))
-        weights[name] = torch.arange(first, first + count).remainder(65521).to(spec.dtype)
-        weights[name] = weights[name].reshape(spec.concrete({}))
+        numbers = torch.arange(first, first + count, dtype=torch.int32).remainder_(65521)
+        weights[name] = numbers.to(spec.dtype).reshape(spec.concrete({}))
         first += count
     return weights
 

@@ -42,10 +42,10 @@ def dit_stack(config: DiTConfig = DIT_NANO, dtype=torch.bfloat16, stack: int = 1
     return next(component for component in parts if component.name == "dit_stack")
 
 
-@pytest.mark.parametrize("way", ["bound", "baked", "dynamic"])
 @pytest.mark.parametrize(
-    "variant, name",
-    [("nano", name) for name in NAMES] + [("reduced", name) for name in REDUCED],
+    "variant, name, way",
+    [("nano", name, way) for name in NAMES for way in ("bound", "baked", "dynamic")]
+    + [("reduced", name, way) for name in REDUCED for way in ("bound", "baked")],
 )
 def test_every_component_builds(flavour, tmp_path, variant, name, way):
     component = components(variant)[name]
@@ -121,7 +121,6 @@ def test_a_baked_plan_holds_its_weights(flavour, tmp_path, name):
         assert bytes(build_plan(flavour, replace(request, baked=other))) != plan, weight
 
 
-@pytest.mark.slow
 def test_baking_makes_no_copy_of_the_weights():
     """TensorRT itself holds the weights twice: in its network and in the plan. We hold none."""
     done = subprocess.run(
@@ -135,7 +134,7 @@ def test_baking_makes_no_copy_of_the_weights():
     weights = measured["weights_bytes"]
     assert weights > 200e6
     assert weights < measured["plan_bytes"] < 1.1 * weights
-    assert measured["peak_bytes"] < 2.6 * weights
+    assert measured["peak_bytes"] < 2 * weights + 180e6
 
 
 # -- Attention ------------------------------------------------------------------------------------
