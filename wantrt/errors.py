@@ -42,4 +42,4 @@ class MediaError(WantrtError):
 
 
 class CancelledError(WantrtError):
-    """A generation stopped on request by its step callback."""
+    """Work stopped on request: a generation by its step callback, a plan by its builder's."""
