@@ -55,11 +55,10 @@ class PlanSource:
 
     @property
     def build_command(self) -> str:
-        """What makes a plan for this machine."""
-        command = f"wantrt build --runtime {self.flavour.name}"
-        if self.flavour.builds_without_gpu:
-            command += f" --target {self.device.architecture}"
-        return command
+        """What makes a plan for this machine; a GPU that RTX does not serve needs the other."""
+        if self.device.architecture in self.flavour.served_targets:
+            return f"wantrt build --runtime {self.flavour.name} --target {self.device.architecture}"
+        return "wantrt build --runtime tensorrt"
 
 
 def load_plan(source: PlanSource) -> "LoadedPlan":

@@ -377,6 +377,15 @@ def test_tensors_that_do_not_fit_are_named(components, plan_of, device, flavour)
         session.bind(next(iter(component.weights)), moved)
 
 
+def test_a_gpu_that_the_flavour_does_not_serve(components, plan_of, device, flavour, monkeypatch):
+    monkeypatch.setattr(device, "architecture", "sm90", raising=False)
+    monkeypatch.setattr(Runtime, "refuses", {"get_engine_validity"})
+    component, plan = components["dit_time"], plan_of("dit_time")
+    (session,) = load(component, [plan], make_weights(component), device, flavour)
+    with pytest.raises(BundleError, match=r"this machine: wantrt build --runtime tensorrt$"):
+        session.prepare({"T": 2})
+
+
 def test_plans_that_do_not_fit_are_named(components, plan_of, device, flavour, tmp_path):
     component, weights = components["dit_time"], make_weights(components["dit_time"])
     other = plan_of("dit_stack")
@@ -396,3 +405,29 @@ def test_plans_that_do_not_fit_are_named(components, plan_of, device, flavour, t
         session.prepare({"T": 2})
     with pytest.raises(BundleError, match="no tensorrt-rtx plan for instance 0"):
         load(component, [], weights, device, flavour)
+
+
+def test_the_real_library_without_a_gpu(components, graph_of, device, tmp_path):
+    """It says no in its own way (None, and INVALID), and so do we in ours."""
+    pytest.importorskip("tensorrt_rtx")
+    if torch.cuda.is_available():
+        pytest.skip("the plan may run here")
+    real, component = find_flavour("tensorrt-rtx"), components["dit_time"]
+    request = PlanRequest(
+        component=component,
+        graph=graph_of("dit_time"),
+        symbols={"T": (2, 2, 2)},
+        targets=("sm89",),
+    )
+    path = tmp_path / "dit_time.plan"
+    path.write_bytes(memoryview(build_plan(real, request)))
+    record = PlanRecord(
+        file=path.name,
+        runtime=real.name,
+        version=real.version,
+        targets=("sm89",),
+        symbols=dict(request.symbols),
+    )
+    (session,) = load(component, [(record, path)], make_weights(component), device, real)
+    with pytest.raises(BundleError, match=r"does not run on this GPU.*--target sm89"):
+        session.prepare({"T": 2})
