@@ -40,6 +40,6 @@ class Repeated:
                 "%s could not be captured and runs without a graph, which gives the same and may "
                 "be slower: %s",
                 self.what,
-                error,
+                str(error),  # the error itself holds, by its traceback, what the work held
             )
             return self._work
