@@ -22,7 +22,10 @@ from wantrt.linked import refuse_other_names
 refuse_other_names(__spec__)
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "onnxruntime", "onnx", "diffusers", "transformers", "triton", "tensorrt")
+PACKAGES = (
+    *("torch", "onnxruntime", "onnx", "diffusers", "transformers", "triton", "tensorrt"),
+    "tensorrt-rtx-cu13",
+)
 
 
 def machine() -> dict[str, Any]:
@@ -111,9 +114,9 @@ class PeakMemory:
         self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
 
 
-def anonymous_bytes() -> int:
-    with open("/proc/self/status") as lines:
+def anonymous_bytes(process: int | str = "self") -> int:
+    with open(f"/proc/{process}/status") as lines:
         for line in lines:
             if line.startswith("RssAnon"):
                 return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon: this measurement needs Linux")
+    raise RuntimeError(f"/proc/{process}/status has no RssAnon: this measurement needs Linux")

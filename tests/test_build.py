@@ -253,10 +253,10 @@ def test_stack_and_weights_as_asked(tmp_path: Path) -> None:
     "options, error, message",
     [
         ({"runtime": "onnxruntime", "precision": "bf16"}, SettingsError, "Take fp32"),
-        ({"precision": "fp16"}, SettingsError, "UMT5 overflows"),
+        ({"runtime": "onnxruntime", "precision": "fp16"}, SettingsError, "Take fp32"),
+        ({"precision": "fp8"}, SettingsError, "Take fp32"),
         ({"precision": "bf61"}, SettingsError, "did you mean bf16"),
         ({"runtime": "onnxruntme"}, SettingsError, "did you mean onnxruntime"),
-        ({"runtime": "tensorrt-rtx"}, UnsupportedTaskError, "not there yet"),
         ({"variant": "i2v-a14b", "checkpoint": "random:0"}, UnsupportedTaskError, "i2v"),
         ({"variant": "14C", "checkpoint": "random:0"}, SettingsError, "[Dd]id you mean 14b"),
         ({"checkpoint": "/nowhere/at/all"}, CheckpointError, "no checkpoint"),

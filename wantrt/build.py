@@ -1,25 +1,33 @@
-"""The build: checkpoint → weights → graphs → bundle.
+"""The build: checkpoint → weights → graphs → plans → bundle.
 
-A bundle is made of pieces: the tokenizer, the weights of a part, one graph. A second build makes
-nothing, a killed one goes on where it stopped, and a damaged piece is made again alone; all give
-the same bytes. The manifest is written last: without one there is no bundle.
-
-TensorRT plans will be further pieces, made from the graphs.
+A bundle is made of pieces: the tokenizer, the weights of a part, one graph, one TensorRT plan. A
+second build makes nothing, a killed one goes on where it stopped, and a damaged piece is made again
+alone; all give the same bytes. The manifest is written last: without one there is no bundle.
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wantrt.bundle import MANIFEST, Bundle
+from wantrt.bundle import BUILD_LOG, MANIFEST, Bundle
 from wantrt.checkpoints import Checkpoint, open_checkpoint
 from wantrt.checkpoints.opening import NANO
-from wantrt.config import DiTConfig, Variant
+from wantrt.config import DiTConfig, Size, Variant
 from wantrt.errors import BuildError, BundleError, SettingsError
 from wantrt.export.graph import export_component
 from wantrt.export.ops import ONNX_OPS
-from wantrt.folder import Progress, cache_folder, locked, sha256_of, silent, write_atomic
+from wantrt.folder import (
+    PART_SUFFIX,
+    Progress,
+    cache_folder,
+    locked,
+    sha256_of,
+    silent,
+    write_atomic,
+)
 from wantrt.manifest import (
     CheckpointRecord,
     ComponentRecord,
@@ -35,7 +43,8 @@ from wantrt.pieces import (
     BuildLog,
     Built,
     Piece,
-    check_space,
+    Shape,
+    check_room,
     forget,
     is_sound,
     is_there,
@@ -46,13 +55,17 @@ from wantrt.pieces import (
     tool_versions,
     write_log,
 )
-from wantrt.runtime.loading import choose_runtime
+from wantrt.runtime.loading import RUNTIMES, choose_runtime
 from wantrt.session import PRECISIONS, TensorSpec
+
+if TYPE_CHECKING:
+    from wantrt.plans import PlanOptions, PreparedWeights
 
 TOKENIZER = "tokenizer/tokenizer.json"
 GRAPH_BYTES = 2**16  # about; they hold no weights
 CODE = ("config.py", "models", "export", "kernels")  # what decides the bytes of a graph
-BUILT_FOR = {"onnxruntime": ("fp32",), "torch": ("fp32", "bf16")}  # runtime -> precisions
+TURING = ("sm75",)
+UNFINISHED = {".lock", BUILD_LOG + PART_SUFFIX}  # what a build leaves that was killed at its start
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,11 @@ class Build:
     checkpoint: Checkpoint
     source: str | None  # the checkpoint as it was asked for
     out: Path
-    precision: Mapping[str, str]  # part -> fp32 or bf16
+    precision: Mapping[str, str]  # part -> fp32, bf16 or fp16
     components: tuple[ComponentRecord, ...]
     pieces: tuple[Piece, ...]
+    shapes: tuple[Shape, ...] = ()  # the videos that the plans serve
+    to_bake: "PreparedWeights | None" = None
 
     def missing(self) -> list[Piece]:
         """The pieces that are not there yet, or not as they were made."""
@@ -77,20 +92,25 @@ class Build:
         check: bool = False,
         wait: bool = False,
         progress: Progress = silent,
+        receipt: str | None = None,
     ) -> Bundle:
         """Build what is missing. With `check`, hash what is there and rebuild what is damaged.
 
-        Raises BuildError: the folder holds something else, is being built by another process
-        (unless `wait`), cannot be written, or the disk is too small.
+        receipt: see wantrt/receipt.py. Raises BuildError: the folder holds something else, is being
+        built by another process (unless `wait`), cannot be written, disk or memory is too small, or
+        TensorRT does not build a plan. Ctrl-C ends it between two pieces, and within a plan.
         """
         self._refuse_strangers()
         with locked(self.out, wait):
             try:
-                return self._run(check, progress)
+                return self._run(check, progress, receipt)
             except OSError as error:
                 raise BuildError(f"cannot write into {self.out}: {error}") from error
+            finally:
+                if self.to_bake:
+                    self.to_bake.close(self.out)
 
-    def _run(self, check: bool, progress: Progress) -> Bundle:
+    def _run(self, check: bool, progress: Progress, receipt: str | None) -> Bundle:
         log = read_log(self.out)
         before = log.pieces if log else {}
         built = {
@@ -100,23 +120,36 @@ class Build:
             and (not check or is_sound(self.out, before[piece.name], progress))
         }
         missing = [piece for piece in self.pieces if piece.name not in built]
-        check_space(self.out, missing)
+        baked = {piece.bakes for piece in missing if piece.bakes}
+        check_room(self.out, missing, self.to_bake.temporary_bytes(baked) if self.to_bake else 0)
         if missing:
             (self.out / MANIFEST).unlink(missing_ok=True)
-        for piece in missing:
+        for piece in missing:  # before the first is made: a killed build must not find them again
             forget(self.out, before.get(piece.name))
-            built[piece.name] = make(self.out, piece, progress)
-            write_log(
-                self.out,
-                BuildLog(
-                    checkpoint=self.source, fingerprint=self.checkpoint.fingerprint, pieces=built
-                ),
-            )
+        if missing:
+            self._write_log(built)
+        for label, piece in _numbered(missing):
+            built[piece.name] = make(self.out, piece, progress, label)
+            self._write_log(built)
         remove_strangers(self.out, built)
-        self._write_manifest(built)
-        return Bundle.load(self.out)
+        manifest = self._write_manifest(built)
+        if receipt is None and log is not None and not missing and built.keys() == before.keys():
+            receipt = log.receipt
+        self._write_log(built, receipt=receipt, manifest=sha256_of(manifest))
+        return Bundle.load(self.out, checked=False)
 
-    def _write_manifest(self, built: Mapping[str, Built]) -> None:
+    def _write_log(self, built: Mapping[str, Built], **done: str | None) -> None:
+        log = BuildLog(
+            checkpoint=self.source,
+            fingerprint=self.checkpoint.fingerprint,
+            pieces=dict(built),
+            shapes=self.shapes,
+            **done,
+        )
+        if read_log(self.out) != log:
+            write_log(self.out, log)
+
+    def _write_manifest(self, built: Mapping[str, Built]) -> Path:
         checkpoint = self.checkpoint
         files = {name: record for piece in built.values() for name, record in piece.files.items()}
         parts = {
@@ -141,6 +174,7 @@ class Build:
         path, content = self.out / MANIFEST, manifest_bytes(manifest)
         if not path.is_file() or path.read_bytes() != content:
             write_atomic(path, content)
+        return path
 
     def _refuse_strangers(self) -> None:
         """A folder that holds something else stays as it is."""
@@ -149,7 +183,7 @@ class Build:
         if not self.out.is_dir():
             raise BuildError(f"{self.out} is a file; name a folder with --out.")
         origin = _origin(self.out)
-        if origin is None and {path.name for path in self.out.iterdir()} - {".lock"}:
+        if origin is None and {path.name for path in self.out.iterdir()} - UNFINISHED:
             raise BuildError(
                 f"{self.out} holds other things than a bundle. "
                 "Name a new or empty folder with --out."
@@ -180,36 +214,66 @@ def plan_build(
     precision: str | None = None,
     stack: int | None = None,
     with_weights: bool = True,
+    sizes: Sequence[Size] | None = None,
+    frames: Sequence[int] | None = None,
+    targets: Sequence[str] | None = None,
+    weights: str = "auto",
+    dynamic: bool = False,
+    tf32: bool = False,
 ) -> Build:
     """Open and check the checkpoint, and say what is to be built.
 
     checkpoint: a folder, a Hugging Face repository id, "random:SEED"; None is the variant's own.
     out: None is `<variant>-<precision>` in the current folder. precision: None is the runtime's
     default. stack: transformer blocks a run; None is the largest divisor of their number up to 10.
-    Raises SettingsError, UnsupportedTaskError, CheckpointError.
+
+    For TensorRT's runtimes alone: every size is planned at every number of frames, besides what the
+    bundle has plans for already; None is the variant's default. targets: "sm89"; None is the GPU
+    of this machine, or what is common. weights: "bound" keeps them apart from the plans, except the
+    VAE's, "baked" puts all into them, "auto" takes the faster where that can be measured. dynamic:
+    one plan for all sizes. tf32: allow it for what is float32.
+    Raises SettingsError, UnsupportedTaskError, CheckpointError, RuntimeUnavailableError.
     """
-    chosen = choose_precision(runtime, precision)
+    for_plans = {
+        "--size": sizes,
+        "--frames": frames,
+        "--target": targets,
+        "--weights": weights != "auto",
+        "--dynamic": dynamic,
+        "--tf32": tf32,
+    }
+    runtime = _choose_runtime(
+        runtime, precision, [name for name, given in for_plans.items() if given]
+    )
+    chosen = choose_precision(runtime, precision, targets)
     opened = open_checkpoint(checkpoint, variant)
     folder = Path(out) if out is not None else Path(f"{opened.variant.name}-{chosen}")
-    parts = dict.fromkeys(opened.parts, chosen)
+    parts = {part: _part_precision(part, chosen) for part in opened.parts}
     pieces = [_tokenizer_piece(opened.tokenizer)] if opened.tokenizer else []
     if with_weights:
-        pieces += [_weights_piece(opened, part, chosen) for part in parts]
-    components: list[ComponentRecord] = []
-    code = _hash_code()
-    for sharing in _parts_by_graphs(opened.variant):
-        part = sharing[0]
-        config = opened.parts[part].config
-        depth = stack if isinstance(config, DiTConfig) else None
-        for component in part_components(opened.variant, part, PRECISIONS[chosen], depth, ONNX_OPS):
-            graph = f"graphs/{component.name}.onnx"
-            if graph in {record.graph for record in components}:
-                graph = f"graphs/{component.name}-{part}.onnx"  # an expert of other dimensions
-            record = _record(component, sharing, graph, getattr(config, "num_layers", 0))
-            key = make_key(code, config, chosen, record)
-            components.append(record)
-            pieces.append(_graph_piece(component, key, graph))
-    return Build(opened, checkpoint, folder, parts, tuple(components), tuple(pieces))
+        pieces += [_weights_piece(opened, part, parts[part]) for part in parts]
+    graphs = _plan_graphs(opened, parts, stack)
+    pieces += [_graph_piece(graph.component, graph.key, graph.record.graph) for graph in graphs]
+    components = tuple(graph.record for graph in graphs)
+    build = Build(opened, checkpoint, folder, parts, components, tuple(pieces))
+    if not RUNTIMES[runtime].compiled:
+        return build
+    from wantrt.plans import choose_options
+
+    log = read_log(folder)
+    options = choose_options(
+        opened.variant,
+        runtime,
+        chosen,
+        sizes=sizes,
+        frames=frames,
+        targets=targets,
+        weights=weights,
+        dynamic=dynamic,
+        tf32=tf32,
+        known=log.shapes if log and log.fingerprint == opened.fingerprint else (),
+    )
+    return _with_plans(build, graphs, options, with_weights)
 
 
 def default_bundle(progress: Progress = silent) -> Bundle:
@@ -223,20 +287,52 @@ def default_bundle(progress: Progress = silent) -> Bundle:
         return plan.run(wait=True, progress=progress)
 
 
-def choose_precision(runtime: str, precision: str | None) -> str:
-    """The precision to build in. Raises for what `runtime`, or every runtime of today, lacks."""
-    if runtime == "auto":
-        served = tuple(dict.fromkeys(p for some in BUILT_FOR.values() for p in some))
-    else:
-        choose_runtime(runtime, ())
-        served = BUILT_FOR[runtime]
+def choose_precision(
+    runtime: str, precision: str | None, targets: Sequence[str] | None = None
+) -> str:
+    """The precision to build in; a text encoder in fp16 stays fp32, because it overflows.
+
+    Raises SettingsError and UnsupportedTaskError for what `runtime` does not run.
+    """
+    if RUNTIMES[runtime].compiled:
+        from wantrt.engines.flavours import check_precision
+
+        turing = bool(targets) and {target.lower() for target in targets or ()} <= set(TURING)
+        chosen = precision or ("fp16" if turing else "bf16")
+        check_precision(chosen, ())
+        return chosen
     if precision is None:
         return "bf16" if choose_runtime(runtime, ()).on_gpu() else "fp32"
-    check_name("precision", precision, tuple(PRECISIONS))
+    served = RUNTIMES[runtime].precisions
     if precision not in served:
-        reason = "UMT5 overflows in fp16" if precision == "fp16" else f"{runtime} does not run it"
-        raise SettingsError(f"no bundle in {precision}: {reason}. Take {' or '.join(served)}.")
+        raise SettingsError(
+            f"no bundle in {precision}: {runtime} does not run it. Take {' or '.join(served)}."
+        )
     return precision
+
+
+def _choose_runtime(requested: str, precision: str | None, plan_options: Sequence[str]) -> str:
+    """The runtime to build for; `plan_options` are given and mean something to TensorRT alone."""
+    check_name("runtime", requested, ("auto", *RUNTIMES))
+    if precision is not None:
+        check_name("precision", precision, (*PRECISIONS, "fp8"))
+    runtime = requested
+    if requested == "auto":
+        runtime = choose_runtime(None, (precision,) if precision in PRECISIONS else ()).name
+        if RUNTIMES[runtime].compiled and precision == "fp32":
+            runtime = "torch"  # plans have no fused attention in fp32
+    elif not RUNTIMES[requested].compiled:
+        choose_runtime(requested, ())
+    if plan_options and not RUNTIMES[runtime].compiled:
+        raise SettingsError(
+            f"{', '.join(plan_options)}: for TensorRT plans alone, and this builds for {runtime}. "
+            "Add --runtime tensorrt-rtx, or leave it out."
+        )
+    return runtime
+
+
+def _part_precision(part: str, chosen: str) -> str:
+    return "fp32" if (part, chosen) == ("text_encoder", "fp16") else chosen
 
 
 # -- Pieces ---------------------------------------------------------------------------------------
@@ -261,6 +357,72 @@ def _weights_piece(checkpoint: Checkpoint, part: str, precision: str) -> Piece:
 
     size = sum(tensor.nbytes for tensor in checkpoint.parts[part].module(dtype).parameters())
     return Piece(name, make_key(checkpoint.fingerprint, part, precision), size, write)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A component of a build, its record without plans, and the key of its graph."""
+
+    component: Component
+    record: ComponentRecord
+    key: str
+
+
+def _plan_graphs(
+    checkpoint: Checkpoint, precision: Mapping[str, str], stack: int | None
+) -> list[_Graph]:
+    graphs: list[_Graph] = []
+    code = _hash_code()
+    for sharing in _parts_by_graphs(checkpoint.variant):
+        part = sharing[0]
+        config = checkpoint.parts[part].config
+        depth = stack if isinstance(config, DiTConfig) else None
+        dtype = PRECISIONS[precision[part]]
+        for component in part_components(checkpoint.variant, part, dtype, depth, ONNX_OPS):
+            path = f"graphs/{component.name}.onnx"
+            if path in {graph.record.graph for graph in graphs}:
+                path = f"graphs/{component.name}-{part}.onnx"  # an expert of other dimensions
+            record = _record(component, sharing, path, getattr(config, "num_layers", 0))
+            key = make_key(code, config, precision[part], record)
+            graphs.append(_Graph(component, record, key))
+    return graphs
+
+
+def _with_plans(
+    build: Build, graphs: Sequence[_Graph], options: "PlanOptions", with_weights: bool
+) -> Build:
+    from wantrt.plans import PreparedWeights, component_plans
+
+    to_bake = PreparedWeights(build.checkpoint, build.precision, with_weights)
+    plans = [
+        tuple(
+            component_plans(
+                build.checkpoint, options, to_bake, graph.component, graph.record, graph.key
+            )
+        )
+        for graph in graphs
+    ]
+    return replace(
+        build,
+        components=tuple(
+            replace(graph.record, plans=tuple(plan.record for plan in some))
+            for graph, some in zip(graphs, plans, strict=True)
+        ),
+        pieces=(*build.pieces, *(plan.piece for some in plans for plan in some)),
+        shapes=options.shapes,
+        to_bake=to_bake,
+    )
+
+
+def _numbered(pieces: Sequence[Piece]) -> Iterator[tuple[str, Piece]]:
+    """Each piece with what to call it: "plan 7 of 23 · dit_stack 832x480x81"."""
+    totals = Counter(piece.kind for piece in pieces)
+    seen: Counter[str] = Counter()
+    for piece in pieces:
+        seen[piece.kind] += 1
+        what = piece.name.removeprefix(piece.kind).strip()
+        count = f"{piece.kind} {seen[piece.kind]} of {totals[piece.kind]}"
+        yield f"{count} · {what}" if what else piece.kind, piece
 
 
 def _graph_piece(component: Component, key: str, graph: str) -> Piece:

@@ -40,14 +40,18 @@ class Bundle:
     fingerprint: str
 
     @classmethod
-    def load(cls, path: str | Path) -> "Bundle":
-        """Raises BundleError for what is missing, altered, foreign, or made by a newer wantrt."""
+    def load(cls, path: str | Path, *, checked: bool = True) -> "Bundle":
+        """Raises BundleError for what is missing, altered, foreign, or made by a newer wantrt.
+
+        checked: False is for the build, which has just looked at every file.
+        """
         root = Path(path)
         content = _read_manifest_file(root)
         manifest = read_manifest(content, str(root / MANIFEST))
         bundle = cls(root, manifest, hashlib.sha256(content).hexdigest())
         bundle._check_references()
-        bundle._check_files()
+        if checked:
+            bundle._check_files()
         return bundle
 
     @property
@@ -163,17 +167,21 @@ class Bundle:
                     "Put the file itself there."
                 )
             check_file(self.path / name, record)
-        present = {
-            path.relative_to(self.path).as_posix()
-            for folder in FOLDERS
-            for path in (self.path / folder).rglob("*")
-            if not path.is_dir() or path.is_symlink()
-        }
-        if foreign := sorted(present - set(self.manifest.files)):
+        if foreign := sorted(set(list_files(self.path)) - set(self.manifest.files)):
             raise BundleError(
                 f"{self.path} holds what its manifest does not know: {', '.join(foreign)}.\n"
                 "Delete it, or build again: wantrt build removes what is not the bundle's."
             )
+
+
+def list_files(root: Path) -> list[str]:
+    """All that lies in the bundle's own folders, links too."""
+    return [
+        path.relative_to(root).as_posix()
+        for folder in FOLDERS
+        for path in (root / folder).rglob("*")
+        if not path.is_dir() or path.is_symlink()
+    ]
 
 
 def check_file(path: Path, record: FileRecord) -> None:

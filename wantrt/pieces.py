@@ -7,15 +7,17 @@ again, with the same bytes.
 
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from wantrt import __version__
-from wantrt.bundle import BUILD_LOG, FOLDERS, describe_file
+from wantrt.bundle import BUILD_LOG, FOLDERS, MANIFEST, describe_file, list_files
 from wantrt.errors import BuildError
 from wantrt.folder import Progress, remembered_sha256, write_json
 from wantrt.manifest import FileRecord
@@ -23,16 +25,26 @@ from wantrt.records import from_plain, to_plain
 
 TOOLS = ("torch", "onnx")
 SPARE_BYTES = 2**26  # left free on the disk beside what the build needs
+Shape = tuple[int, int, int]  # of a video: width, height, frames
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Something that is built by itself. `make` writes it below a folder and returns its files."""
+    """Something that is built by itself. `make` writes it below a folder and returns its files.
+
+    The first word of its name is its kind.
+    """
 
     name: str
     key: str
     size: int  # in bytes, about
     make: Callable[[Path, Progress], list[Path]]
+    memory: int = 0  # what `make` allocates, in bytes, about; where it is worth a check
+    bakes: str | None = None  # the part whose weights go into it
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(" ")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +59,20 @@ class Built:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildLog:
-    """What this machine did. `checkpoint` is as it was asked for, None if it was not."""
+    """What this machine did. `checkpoint` is as it was asked for, None if it was not.
+
+    shapes: the videos that the plans serve; a later build adds to them. measured: what `--weights
+    auto` timed, seconds a run by way of having the weights. manifest: the sha256 of the finished
+    bundle's. receipt: see wantrt/receipt.py.
+    """
 
     checkpoint: str | None
     fingerprint: str
     pieces: dict[str, Built]
+    shapes: tuple[Shape, ...] = ()
+    measured: dict[str, float] = field(default_factory=dict)
+    manifest: str | None = None
+    receipt: str | None = None
 
 
 def make_key(*ingredients: object) -> str:
@@ -60,7 +81,10 @@ def make_key(*ingredients: object) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    return {"wantrt": __version__, **{tool: version(tool) for tool in TOOLS}}
+    return {"wantrt": __version__, **{tool: _version(tool) for tool in TOOLS}}
+
+
+_version = cache(version)  # it reads files
 
 
 def read_log(root: Path) -> BuildLog | None:
@@ -85,6 +109,20 @@ def is_there(root: Path, piece: Piece, log: BuildLog | None) -> bool:
     )
 
 
+def is_untouched(root: Path, log: BuildLog) -> bool:
+    """Whether the bundle is finished, and holds the files of its pieces and no others; quick."""
+    try:
+        manifest = hashlib.sha256((root / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return False
+    expected = {name: built for built in log.pieces.values() for name in built.files}
+    return (
+        manifest == log.manifest
+        and expected.keys() == set(list_files(root))
+        and all(_is_unchanged(root / name, name, built) for name, built in expected.items())
+    )
+
+
 def is_sound(root: Path, built: Built, progress: Progress) -> bool:
     """The same by its bytes."""
     return all(
@@ -95,17 +133,26 @@ def is_sound(root: Path, built: Built, progress: Progress) -> bool:
 
 def _is_intact(path: Path, name: str, built: Built) -> bool:
     """As it was by size and mtime, else (the bundle was copied) by its bytes."""
+    if _is_unchanged(path, name, built):
+        return True
     record = built.files[name]
     if path.is_symlink() or not path.is_file() or path.stat().st_size != record.size:
         return False
-    return path.stat().st_mtime_ns == built.mtimes[name] or (
-        remembered_sha256(path) == record.sha256
-    )
+    return remembered_sha256(path) == record.sha256
 
 
-def make(root: Path, piece: Piece, progress: Progress) -> Built:
+def _is_unchanged(path: Path, name: str, built: Built) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    status = path.stat()
+    return (status.st_size, status.st_mtime_ns) == (built.files[name].size, built.mtimes[name])
+
+
+def make(root: Path, piece: Piece, progress: Progress, label: str) -> Built:
+    """Make a piece; what it reports appears as `label`."""
     start = time.perf_counter()
-    paths = piece.make(root, progress)
+    progress(label, 0, 1)
+    paths = piece.make(root, lambda what, done, total: progress(label, done, total))
     names = [path.relative_to(root).as_posix() for path in paths]
     return Built(
         key=piece.key,
@@ -133,12 +180,32 @@ def remove_strangers(root: Path, pieces: Mapping[str, Built]) -> None:
                 path.unlink()
 
 
-def check_space(root: Path, missing: list[Piece]) -> None:
-    """Raises BuildError, with the numbers, if the disk is too small for what is to be made."""
-    needed = sum(piece.size for piece in missing) + SPARE_BYTES
+def check_room(root: Path, missing: Sequence[Piece], temporary_bytes: int = 0) -> None:
+    """Raises BuildError, with the numbers, if disk or memory is too small for what is missing."""
+    if not missing:
+        return
+    needed = sum(piece.size for piece in missing) + temporary_bytes + SPARE_BYTES
     free = shutil.disk_usage(root).free
-    if missing and needed > free:
+    if needed > free:
         raise BuildError(
             f"the build needs {needed / 2**30:.1f} GiB in {root}, and {free / 2**30:.1f} GiB are "
             "free there. Make room, or name another --out."
         )
+    largest = max(missing, key=lambda piece: piece.memory)
+    available = available_memory()
+    if largest.memory > available:
+        raise BuildError(
+            f"{largest.name} takes about {largest.memory / 2**30:.1f} GiB of memory to build, and "
+            f"{available / 2**30:.1f} GiB are available. Close other programs, or take a smaller "
+            "--stack, or --weights bound."
+        )
+
+
+def available_memory() -> int:
+    """In bytes; where the system does not say (it is no Linux), all of it."""
+    try:
+        with open("/proc/meminfo") as lines:
+            line = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

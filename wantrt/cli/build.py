@@ -1,16 +1,49 @@
 """``wantrt build``: a bundle from a checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from wantrt.cli.command import command
 from wantrt.cli.console import Console, gib
-from wantrt.errors import UnsupportedTaskError
+from wantrt.errors import SettingsError
+from wantrt.jobs import parse_size
 
 if TYPE_CHECKING:
     from wantrt.build import Build
+    from wantrt.bundle import Bundle
+
+Item = TypeVar("Item")
+INTERRUPTED = 130  # exit code
+
+
+def list_of(
+    parse: Callable[[str], Item],
+) -> Callable[[click.Context, click.Parameter, str | None], tuple[Item, ...] | None]:
+    """Callback of an option that takes a comma-separated list."""
+
+    def read(
+        ctx: click.Context, param: click.Parameter, value: str | None
+    ) -> tuple[Item, ...] | None:
+        if value is None:
+            return None
+        try:
+            items = tuple(parse(text.strip()) for text in value.split(",") if text.strip())
+        except (SettingsError, ValueError) as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+        if not items:
+            raise click.BadParameter("the list is empty", ctx, param)
+        return items
+
+    return read
+
+
+def parse_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 6:
+        raise SettingsError(f"{text!r} is not a number of frames; write one as in 81")
+    return int(text)
 
 
 @command()
@@ -27,64 +60,92 @@ if TYPE_CHECKING:
     help="Folder of the bundle. [default: VARIANT-PRECISION here]",
 )
 @click.option("--runtime", default="auto", show_default=True, help="What shall run it.")
-@click.option("--precision", metavar="NAME", help="fp32 or bf16. [default: the runtime's]")
+@click.option("--precision", metavar="NAME", help="fp32, bf16 or fp16. [default: the runtime's]")
 @click.option(
     "--stack", type=int, metavar="N", help="Transformer blocks a run. [default: up to 10]"
 )
-@click.option("--no-weights", is_flag=True, help="Graphs only.")
+@click.option("--no-weights", is_flag=True, help="Graphs and plans only.")
 @click.option("--check", is_flag=True, help="Hash what is there; rebuild what is damaged.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and write nothing.")
-@click.option("--size", metavar="WxH,…", help="For TensorRT plans. (Not there yet.)")
-@click.option("--target", metavar="sm89,…", help="For TensorRT plans. (Not there yet.)")
-@click.option("--weights", metavar="bound|baked", help="For TensorRT plans. (Not there yet.)")
+@click.option(
+    "--size",
+    "sizes",
+    metavar="WxH,…",
+    callback=list_of(parse_size),
+    help="Plans: sizes to serve, besides those the bundle serves already. [default: the variant's]",
+)
+@click.option(
+    "--frames",
+    metavar="N,…",
+    callback=list_of(parse_count),
+    help="Plans: numbers of frames to serve at each size. [default: the variant's]",
+)
+@click.option(
+    "--target",
+    "targets",
+    metavar="sm89,…",
+    callback=list_of(str),
+    help="Plans of tensorrt-rtx: GPUs to compile for. [default: this machine's, or all common]",
+)
+@click.option(
+    "--weights",
+    default="auto",
+    show_default=True,
+    metavar="WAY",
+    help="Plans: bound (apart from the plans; the VAE's are always inside), baked (all inside), "
+    "auto (what is faster here; bound without a GPU).",
+)
+@click.option("--dynamic", is_flag=True, help="Plans: one for all sizes, not one for each.")
+@click.option("--tf32", is_flag=True, help="Plans: allow TF32 for what is float32.")
 def build(
-    console: Console,
-    variant: str | None,
-    checkpoint: str | None,
-    out: Path | None,
-    runtime: str,
-    precision: str | None,
-    stack: int | None,
-    no_weights: bool,
-    check: bool,
-    dry_run: bool,
-    size: str | None,
-    target: str | None,
-    weights: str | None,
-) -> None:
-    """Prepare weights and export graphs into a bundle.
+    console: Console, check: bool, dry_run: bool, no_weights: bool, **asked: Any
+) -> int | None:
+    """Prepare weights, export graphs and compile TensorRT plans into a bundle.
 
     A second build makes nothing; an interrupted one goes on where it stopped.
     """
-    for option, value in (("size", size), ("target", target), ("weights", weights)):
-        if value is not None:
-            raise UnsupportedTaskError(f"--{option} is for TensorRT plans: not there yet")
-    if variant is None and checkpoint is None:
+    if asked["variant"] is None and asked["checkpoint"] is None:
         raise click.UsageError("name a model with --variant or --checkpoint, or both")
+    asked["with_weights"] = not no_weights
+
+    from wantrt.bundle import Bundle
+    from wantrt.receipt import find_done, write_receipt
+
+    receipt = write_receipt(asked)
+    if not check and not dry_run and (done := find_done(asked["out"], receipt)):
+        show_result(console, Bundle.load(done, checked=False), [], 0)
+        return None
 
     from wantrt.build import plan_build
 
-    plan = plan_build(
-        checkpoint,
-        variant,
-        out,
-        runtime=runtime,
-        precision=precision,
-        stack=stack,
-        with_weights=not no_weights,
-    )
+    plan = plan_build(**asked)
     if dry_run:
         show_plan(console, plan)
-        return
-    missing = {piece.name for piece in plan.missing()}
-    with console.progress() as progress:
-        bundle = plan.run(check=check, progress=progress)
+        return None
+    missing = sorted(piece.name for piece in plan.missing())
+    try:
+        with console.progress() as progress:
+            bundle = plan.run(check=check, progress=progress, receipt=receipt)
+    except KeyboardInterrupt:
+        console.say("wantrt: stopped; the same command goes on where it stopped")
+        return INTERRUPTED
+    show_result(console, bundle, missing, len(plan.pieces))
+    return None
+
+
+def show_result(console: Console, bundle: "Bundle", built: list[str], pieces: int) -> None:
     total = sum(record.size for record in bundle.manifest.files.values())
-    made = f"{len(missing)} of {len(plan.pieces)} pieces built" if missing else "nothing to do"
+    made = f"{len(built)} of {pieces} pieces built" if built else "nothing to do"
+    plans = plan_bytes(bundle)
     console.print(
         f"{bundle.variant.title}, {', '.join(sorted(set(bundle.precision.values())))}, "
         f"{gib(total)}: {made}, {console.seconds:.1f} s"
     )
+    if plans:
+        console.print(
+            f"{plans['count']} plans: DiT and text {plans['dit_and_text_bytes'] / 1e6:.1f} MB, "
+            f"VAE {plans['vae_bytes'] / 1e6:.1f} MB"
+        )
     console.path(bundle.path)
     console.result(
         {
@@ -93,10 +154,22 @@ def build(
             "variant": bundle.variant.name,
             "precision": bundle.precision,
             "bytes": total,
-            "built": sorted(missing),
+            "plans": plans,
+            "built": built,
             "seconds": round(console.seconds, 3),
         }
     )
+
+
+def plan_bytes(bundle: "Bundle") -> dict[str, int]:
+    """How many plans, and their bytes; empty where there are none."""
+    sizes = {"vae_bytes": 0, "dit_and_text_bytes": 0}
+    count = 0
+    for component in bundle.manifest.components:
+        kind = "vae_bytes" if component.name.startswith("vae_") else "dit_and_text_bytes"
+        count += len(component.plans)
+        sizes[kind] += sum(bundle.manifest.files[plan.file].size for plan in component.plans)
+    return {"count": count, **sizes} if count else {}
 
 
 def show_plan(console: Console, plan: "Build") -> None:

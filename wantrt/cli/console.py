@@ -75,13 +75,15 @@ class Console:
         if self.quiet or not sys.stderr.isatty():
             yield lambda what, done, total: None
             return
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
         bars = Bars(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=36),
+            TextColumn("{task.description:<28}", markup=False),
+            BarColumn(bar_width=28),
             TextColumn("{task.fields[count]:>9}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=self._stderr(),
             transient=True,

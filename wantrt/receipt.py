@@ -1,0 +1,69 @@
+"""The receipt of a build: what was asked, by which code, of which files.
+
+Importing torch takes longer than a build that has nothing to do. A build leaves its receipt in the
+build log; when the next one is asked for the same, of files that have not been touched since, it is
+done. Any doubt (a checkpoint from the network, another GPU, a changed module) means the long way.
+Imports nothing heavy.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+
+from wantrt.bundle import BUILD_LOG
+from wantrt.pieces import is_untouched, read_log
+
+PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt", "safetensors")  # their names begin so
+
+
+def write_receipt(asked: Mapping[str, object]) -> str | None:
+    """The receipt for what is asked now (the arguments of `plan_build`); None: cannot be said."""
+    checkpoint = asked.get("checkpoint")
+    if checkpoint is None:
+        return None  # the hub, or what ships with wantrt
+    source = str(checkpoint)
+    files = _stamps(Path(source)) if Path(source).is_dir() else {}
+    if not files and not source.startswith("random:"):
+        return None
+    content = {
+        "asked": {name: str(value) for name, value in asked.items()},
+        "code": _stamps(Path(__file__).parent, "*.py"),
+        "packages": _packages(),
+        "gpus": sorted(str(path) for path in Path("/proc/driver/nvidia/gpus").glob("*")),
+        "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "files": files,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find_done(out: Path | None, receipt: str | None) -> Path | None:
+    """The finished, untouched bundle that was built under this receipt, in `out` or (None) here."""
+    if receipt is None:
+        return None
+    for root in [out] if out else sorted(log.parent for log in Path().glob(f"*/{BUILD_LOG}")):
+        log = read_log(root)
+        if log and log.receipt == receipt and is_untouched(root, log):
+            return root
+    return None
+
+
+def _stamps(root: Path, pattern: str = "*") -> dict[str, tuple[int, int, int]]:
+    """Of all files below a folder, and below links in it: size, time of change, inode."""
+    found = {}
+    for folder, _, names in os.walk(root, followlinks=True):
+        for path in sorted(Path(folder, name) for name in names):
+            if path.match(pattern) and path.is_file():
+                status = path.stat()
+                found[str(path)] = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return found
+
+
+@cache
+def _packages() -> list[str]:
+    """Names and versions of what takes part in a build."""
+    found = {f"{d.name} {d.version}" for d in distributions() if d.name.startswith(PACKAGES)}
+    return sorted(found)
