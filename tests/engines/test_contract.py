@@ -7,6 +7,7 @@ from torch import Tensor
 from tests.engines.fake import tensorrt as fake
 from tests.engines.fake.device import FakeDevice, RuleBroken
 from tests.export.components import make_components, make_inputs, make_weights
+from wantrt.engines import api
 from wantrt.engines.builder import build_plan
 from wantrt.engines.flavours import Flavour
 from wantrt.engines.requests import PlanRequest
@@ -401,3 +402,24 @@ def test_the_flavours_differ_where_the_real_ones_do():
         assert not hasattr(other, name)
     assert not hasattr(other.Runtime(None), "get_engine_validity")
     assert not hasattr(other.Builder(None).create_builder_config(), "set_compute_capability")
+
+
+@pytest.mark.parametrize(
+    "declared, theirs",
+    [
+        (api.Builder, fake.Builder),
+        (api.NetworkDefinition, fake.Network),
+        (api.OnnxParser, fake.OnnxParser),
+        (api.RTXBuilderConfig, fake.RTXBuilderConfig),
+        (api.RTXRuntime, fake.RTXRuntime),
+        (api.Engine, fake.Engine),
+        (api.RTXRuntimeConfig, fake.RTXRuntimeConfig),
+        (api.RTXRuntimeCache, fake.RuntimeCache),
+        (api.RTXExecutionContext, fake.RTXContext),
+    ],
+)
+def test_the_fake_has_all_that_we_use(declared, theirs):
+    names = {name for base in declared.__mro__ for name in vars(base) if name[0] != "_"}
+    names |= {name for base in declared.__mro__ for name in vars(base).get("__annotations__", {})}
+    made_at_load = {"device_memory_size_v2"}
+    assert names - set(dir(theirs)) - made_at_load == set()

@@ -11,15 +11,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.engines.fake.device import FakeDevice
+from tests.engines.fake.device import FakeDevice, FakeEvent
 from tests.engines.fake.install import install_tensorrt_rtx
 from tests.engines.fake.tensorrt import Runtime
 from wantrt import Pipeline
 from wantrt.build import plan_build
+from wantrt.device import Arena
 from wantrt.engines.flavours import find_flavour
+from wantrt.engines.loaded_plan import LoadedPlan
 from wantrt.errors import SettingsError
 from wantrt.nano.judge import judge
 from wantrt.runtime import loading
+from wantrt.runtime.capture import Repeated
 
 RUNTIME = "tensorrt-rtx"
 PROMPTS = {
@@ -173,3 +176,33 @@ def test_a_size_that_no_plan_serves(bundles, device):
     with Pipeline.load(bundles(), runtime=RUNTIME) as pipe:
         with pytest.raises(SettingsError, match=r"(?s)do not serve 64x96.*--size 64x96"):
             pipe("a red circle moves right", size=(64, 96))
+
+
+@pytest.mark.parametrize(
+    "residency, sabotaged, rule",
+    [
+        ("stream", (FakeEvent, "wait"), "the side stream may still be at it"),
+        ("phase", (Arena, "reserve"), "scratch memory is too small"),
+        ("phase", (LoadedPlan, "_set_shape"), "the shape of .* was not set"),
+        ("phase", (LoadedPlan, "_set_address"), "the address of .* was not set"),
+        ("phase", (LoadedPlan, "_set_scratch"), "scratch memory was not set"),
+    ],
+)
+def test_a_product_that_breaks_a_rule_is_caught(bundles, monkeypatch, residency, sabotaged, rule):
+    """The same run, with one thing that it does left out."""
+    monkeypatch.setattr(*sabotaged, lambda *_: None)
+    with pytest.raises(AssertionError, match=rule), fake_gpu():
+        generate(bundles(), residency)
+
+
+def test_a_capture_without_an_ordinary_run_is_caught(bundles, monkeypatch):
+    """Where the loop catches the error and goes on, the account is kept all the same."""
+
+    def capture_at_once(self):
+        self._ran = True
+        return call(self)
+
+    call = Repeated.__call__
+    monkeypatch.setattr(Repeated, "__call__", capture_at_once)
+    with pytest.raises(AssertionError, match="captured before an ordinary run"), fake_gpu():
+        generate(bundles())
