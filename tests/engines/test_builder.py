@@ -104,21 +104,44 @@ def test_a_14b_block_builds_without_its_weights(flavour, tmp_path):
     assert len(block.instances) == 40
 
 
-def test_equal_requests_give_equal_bytes(flavour, tmp_path):
-    for baked in (False, True):
-        request = make_request(dit_stack(), tmp_path, STATIC, baked=baked)
-        assert bytes(build_plan(flavour, request)) == bytes(build_plan(flavour, request))
-
-
-@pytest.mark.parametrize("name", ["dit_patch", "dit_condition", "dit_time"])
+@pytest.mark.parametrize(
+    "name", ["dit_condition", "dit_time", "dit_patch", "dit_stack", "dit_head"]
+)
 def test_a_baked_plan_holds_its_weights(flavour, tmp_path, name):
+    """Byte for byte; of the text layers and of convolutions TensorRT-RTX packs some otherwise."""
     component = components("nano")[name]
     symbols = shapes("nano", component)[0].symbols
     request = make_request(component, tmp_path, symbols, baked=True)
     plan = bytes(build_plan(flavour, request))
+    assert {w for w, tensor in request.baked.items() if as_bytes(tensor) in plan} == set(
+        component.weights
+    )
+    other = {weight: tensor * 1.5 + 0.25 for weight, tensor in request.baked.items()}
+    fine_tuned = bytes(build_plan(flavour, replace(request, baked=other)))
+    bound = bytes(build_plan(flavour, replace(request, baked={})))
     for weight, tensor in request.baked.items():
-        other = {**request.baked, weight: tensor * 1.5 + 0.25}
-        assert bytes(build_plan(flavour, replace(request, baked=other))) != plan, weight
+        assert as_bytes(other[weight]) in fine_tuned
+        assert as_bytes(tensor) not in fine_tuned
+        assert as_bytes(tensor) not in bound
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_a_fine_tuned_vae_gives_another_plan(flavour, tmp_path):
+    """Convolutions are packed, so their weights cannot be found; norms and biases can."""
+    component = components("nano")["vae_decoder_next"]
+    symbols = shapes("nano", component)[0].symbols
+    request = make_request(component, tmp_path, symbols, baked=True)
+    other = {weight: tensor * 1.5 + 0.25 for weight, tensor in request.baked.items()}
+    plan, fine_tuned = (
+        bytes(build_plan(flavour, replace(request, baked=baked)))
+        for baked in (request.baked, other)
+    )
+    found = [w for w, tensor in request.baked.items() if as_bytes(tensor) in plan]
+    assert len(found) > 20
+    assert not any(as_bytes(request.baked[weight]) in fine_tuned for weight in found)
 
 
 def test_baking_makes_no_copy_of_the_weights():
@@ -280,9 +303,9 @@ def test_a_timing_cache_is_written_and_read_again(flavour, tmp_path, monkeypatch
     path = tmp_path / "timing" / "gpu.cache"
     monkeypatch.setattr(builder, "timing_cache_path", lambda flavour: path)
     request = make_request(dit_stack(), tmp_path, STATIC)
-    plan = bytes(build_plan(flavour, request))
-    assert path.is_file()
-    assert bytes(build_plan(flavour, request)) == plan
+    for _ in range(2):
+        assert build_plan(flavour, request).nbytes
+        assert path.is_file()
 
 
 def test_a_plan_is_deserialised_where_it_lies(flavour, tmp_path):
