@@ -1,9 +1,10 @@
-"""A plan at work: its engine and its one execution context, and what was last set in it.
+"""A plan at work: its engine and an execution context, and what was last set in that.
 
-Plans are deserialised once a process and shared while something holds them. Scratch memory is the
+Engines are deserialised once a process and shared while something holds them. Scratch memory is the
 device's: a plan tells its need when it is loaded, and computes in the common block.
 """
 
+import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,35 +68,40 @@ def load_plan(source: PlanSource) -> "LoadedPlan":
         status = source.path.stat()
     except OSError as error:
         raise BundleError(f"cannot read {source.path}: {error}. Run wantrt build again.") from error
-    key = (source.path.resolve(), status.st_mtime_ns, status.st_size, id(source.device))
-    with _LOADING:
-        plan = _LOADED.get(key)
+    file = (source.path.resolve(), status.st_mtime_ns, status.st_size)
+    with _LOADING, source.device.stream():
+        plan = _PLANS.get((file, id(source.device)))
         if plan is None:
-            plan = _LOADED[key] = LoadedPlan(source)
+            engine = _ENGINES.get((file, source.device.torch_device))
+            if engine is None:
+                engine = _ENGINES[file, source.device.torch_device] = _deserialise(source)
+            plan = _PLANS[file, id(source.device)] = LoadedPlan(source, engine)
     return plan
 
 
-# A plan holds its device, so that an id in a key stands for the same device while the plan lives.
-_LOADED: "WeakValueDictionary[tuple[Path, int, int, int], LoadedPlan]" = WeakValueDictionary()
-_LOADING = threading.Lock()
+@dataclass(frozen=True, eq=False)
+class LoadedEngine:
+    """A deserialised plan, with the weights that are baked into it."""
+
+    engine: api.Engine
+    sha256: str  # of the plan
 
 
 class LoadedPlan:
     """`enqueue` sets what changed since the last one: addresses mostly, shapes never if static."""
 
-    def __init__(self, source: PlanSource) -> None:
+    def __init__(self, source: PlanSource, loaded: LoadedEngine) -> None:
         self.source = source
-        content = source.path.read_bytes()
-        self._engine = _deserialise(source, content)
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        modes = [self._engine.get_tensor_mode(name) for name in names]
-        reads = [source.flavour.is_input(mode) for mode in modes]
+        self._loaded = loaded
+        engine = loaded.engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        reads = [source.flavour.is_input(engine.get_tensor_mode(name)) for name in names]
         self._inputs = [name for name, read in zip(names, reads, strict=True) if read]
         self._outputs = [name for name, read in zip(names, reads, strict=True) if not read]
-        _check_signature(source, self._engine, self._inputs, self._outputs)
-        self._scratch_bytes = self._engine.device_memory_size_v2
+        _check_signature(source, engine, self._inputs, self._outputs)
+        self._scratch_bytes = engine.device_memory_size_v2
         source.device.scratch.reserve(self._scratch_bytes)
-        self._context = _make_context(source, self._engine, content)
+        self._context = _make_context(source, loaded)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._scratch: tuple[int, int] | None = None
@@ -147,10 +153,18 @@ class LoadedPlan:
         raise self.source.error(ExecutionError, happened, remedy)
 
 
+File = tuple[Path, int, int]  # path, time of change, bytes
+_LOADING = threading.Lock()
+_ENGINES: "WeakValueDictionary[tuple[File, torch.device], LoadedEngine]" = WeakValueDictionary()
+# A context computes in its device's scratch memory, on its stream: one for each `Device`. A plan
+# holds its device, so that an id in a key stands for the same one as long as the plan lives.
+_PLANS: "WeakValueDictionary[tuple[File, int], LoadedPlan]" = WeakValueDictionary()
+
 _REPORT = "Is the bundle sound? wantrt verify --bundle BUNDLE"
 
 
-def _deserialise(source: PlanSource, content: bytes) -> api.Engine:
+def _deserialise(source: PlanSource) -> LoadedEngine:
+    content = source.path.read_bytes()
     source.flavour.last_errors()  # what was logged before is about something else
     runtime = source.flavour.runtime()
     remedy = f"Build it for this machine: {source.build_command}"
@@ -159,21 +173,21 @@ def _deserialise(source: PlanSource, content: bytes) -> api.Engine:
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise source.error(BundleError, "the plan cannot be loaded", remedy)
-    return engine
+    return LoadedEngine(engine, hashlib.sha256(content).hexdigest())
 
 
-def _make_context(source: PlanSource, engine: api.Engine, plan: bytes) -> api.ExecutionContext:
+def _make_context(source: PlanSource, loaded: LoadedEngine) -> api.ExecutionContext:
     """A context without memory of its own, with kernels from the runtime cache where there is one.
 
     TensorRT-RTX compiles kernels for the GPU at hand here: seconds, unless they are cached.
     """
-    config = engine.create_runtime_config()
+    config = loaded.engine.create_runtime_config()
     if config is None:
         raise source.error(ExecutionError, "no runtime configuration could be made", _MEMORY)
     strategies = source.flavour.module.ExecutionContextAllocationStrategy
     config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
-    kernels = RuntimeCacheFile.attach(source.flavour, config, source.device, plan)
-    context = engine.create_execution_context(config)
+    kernels = RuntimeCacheFile.attach(source.flavour, config, source.device, loaded.sha256)
+    context = loaded.engine.create_execution_context(config)
     if context is None:
         raise source.error(ExecutionError, "no execution context could be made", _MEMORY)
     if not context.set_optimization_profile_async(0, source.device.stream_handle):

@@ -4,7 +4,6 @@ One file a plan, in a folder of its GPU and driver. TensorRT checks what it read
 machine; a file that it refuses costs the time to compile again, nothing else.
 """
 
-import hashlib
 import logging
 import re
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ class RuntimeCacheFile:
 
     @classmethod
     def attach(
-        cls, flavour: Flavour, config: api.RuntimeConfig, device: Device, plan: bytes
+        cls, flavour: Flavour, config: api.RuntimeConfig, device: Device, plan: str
     ) -> "RuntimeCacheFile | None":
-        """Give `config` the cache of `plan`; None if the flavour has no such thing."""
+        """Give `config` the cache of a plan (its sha256); None if the flavour has no such thing."""
         rtx_config = flavour.rtx_runtime_config(config)
         if rtx_config is None:
             return None
@@ -42,7 +41,7 @@ class RuntimeCacheFile:
             log.warning("TensorRT makes no runtime cache: %s", flavour.last_errors())
             return None
         folder = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.name} {flavour.version}")
-        path = cache_folder() / "runtime-cache" / folder / hashlib.sha256(plan).hexdigest()
+        path = cache_folder() / "runtime-cache" / folder / plan
         loaded = path.read_bytes() if path.is_file() else b""
         if loaded and not made.deserialize(loaded):
             log.warning("%s is not for this machine or damaged: kernels compile again", path)

@@ -2,7 +2,7 @@
 
 All instances of a component share the plans whose weights are inputs ("bound"), each with its one
 execution context: instances never run at once, and differ in the addresses they set. A plan with
-weights inside ("baked") belongs to one instance. Nothing is copied, and nothing waits for the GPU.
+weights inside ("baked") belongs to one instance. Nothing is copied, nothing waits for the GPU.
 """
 
 from collections.abc import Mapping, Sequence

@@ -179,10 +179,24 @@ def test_stacks_share_an_engine_and_a_context(components, plan_of, device, flavo
         results = [session.run(inputs)["hidden_out"] for s in experts for session in s]
     assert Engine.deserialised == before + 1
     (loaded,) = {id(p): p for s in experts for x in s for p in x._loaded.values()}.values()
-    assert loaded._engine.contexts == 1
+    assert loaded._loaded.engine.contexts == 1
     with device.stream():
         assert torch.equal(results[0], results[len(component.instances)])
         assert not torch.equal(results[0], results[1])
+
+
+def test_devices_share_an_engine_and_no_context(components, plan_of, flavour):
+    component, plan = components["dit_time"], plan_of("dit_time")
+    before, held = Engine.deserialised, []
+    for _ in range(2):
+        with FakeDevice() as device:
+            (session,) = load(component, [plan], make_weights(component), device, flavour)
+            session.prepare({"T": 2})
+            held.append(session)
+    first, second = (next(iter(session._loaded.values())) for session in held)
+    assert Engine.deserialised == before + 1
+    assert first._loaded.engine is second._loaded.engine
+    assert first._context is not second._context
 
 
 def test_a_plan_is_freed_with_its_last_session(components, plan_of, device, flavour):
