@@ -32,7 +32,7 @@ def test_weights_and_caches_of_14b() -> None:
     assert vae.caches_bytes == 2 * 75_664 * 2 * (60 * 104) * 2  # banks, frames, cells, bytes
     assert dit.streamed_bytes == pytest.approx(dit.weights_bytes / 2, rel=0.05)  # 20 of 40 blocks
     hidden = 2 * 32_760 * 5120 * 4  # of both passes
-    assert dit.buffers_bytes == pytest.approx(2 * hidden, rel=0.03)
+    assert dit.buffers_bytes == pytest.approx(2 * hidden, rel=0.05)
 
 
 def test_policies_need_less_and_less() -> None:
