@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from wantrt.device import Device
+from wantrt.device import ALIGNMENT_BYTES, Device
 from wantrt.engines.flavours import Flavour
 from wantrt.engines.loaded_plan import LoadedPlan, PlanSource, Region, load_plan
 from wantrt.errors import BundleError, ExecutionError, SettingsError
@@ -147,6 +147,11 @@ class TensorRTSession:
             )
         if not tensor.is_contiguous():
             raise ExecutionError(f"{self.component.name}: {what} must be contiguous")
+        if tensor.storage_offset() * tensor.itemsize % ALIGNMENT_BYTES:  # torch aligns the rest
+            raise ExecutionError(
+                f"{self.component.name}: {what} is a view that begins at no multiple of "
+                f"{ALIGNMENT_BYTES} bytes; clone it"
+            )
         return tuple(tensor.shape), tensor.data_ptr()
 
 

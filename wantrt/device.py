@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wantrt.errors import RuntimeUnavailableError
 
-ALIGNMENT_BYTES = 256  # of scratch memory, as TensorRT wants it
+ALIGNMENT_BYTES = 256  # of scratch memory and of tensors, as TensorRT wants it
 
 
 class Event(Protocol):

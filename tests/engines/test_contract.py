@@ -173,6 +173,15 @@ def test_memory_is_large_enough(run, device):
         run.enqueue()
 
 
+def test_memory_is_aligned(run, device):
+    sinusoid = run.inputs["sinusoid"]
+    wide = torch.cat((sinusoid, sinusoid)).flatten()
+    run.inputs["sinusoid"] = wide[16 : 16 + sinusoid.numel()].view_as(sinusoid)
+    run.prepare()
+    with pytest.raises(RuleBroken, match="sinusoid is not aligned"):
+        run.enqueue()
+
+
 @pytest.mark.parametrize("pinned", [False, True])
 def test_memory_is_the_devices(run, device, pinned):
     shape = tuple(run.inputs["sinusoid"].shape)

@@ -383,6 +383,9 @@ def test_tensors_that_do_not_fit_are_named(components, plan_of, device, flavour)
     moved = on(device, inputs)["sinusoid"]
     with pytest.raises(ExecutionError, match="sinusoid must be contiguous"):
         session.run({"sinusoid": moved.mT.contiguous().mT})
+    behind_another = torch.cat((moved.new_zeros(1), moved.flatten()))[1:].view_as(moved)
+    with pytest.raises(ExecutionError, match=r"sinusoid is a view .* clone it"):
+        session.run({"sinusoid": behind_another})
     with pytest.raises(ExecutionError, match="input sinusoid is missing"):
         session.run({})
     with pytest.raises(ExecutionError, match="takes no logits"):

@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from wantrt.device import Arena
+from wantrt.device import ALIGNMENT_BYTES, Arena
 
 HOST = "the host"
+SCRATCH = "scratch memory"
 HERE = torch.device("cpu")  # where the host's memory is
 THERE = torch.device("cpu", 0)  # where the device's is: another device to torch, the same memory
 
@@ -263,6 +264,8 @@ class FakeDevice:
                     self.breaks(f"{what}: {name} lies in host memory")
                 if address + nbytes > allocation.address + allocation.nbytes:
                     self.breaks(f"{what}: {name} needs {nbytes} bytes, its memory is smaller")
+                if name != SCRATCH and (address - allocation.address) % ALIGNMENT_BYTES:
+                    self.breaks(f"{what}: {name} is not aligned to {ALIGNMENT_BYTES} bytes")
                 return allocation
         self.breaks(f"{what}: the address of {name} is in no live memory of the device")
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from tests.engines.fake.device import Allocation, FakeDevice
+from tests.engines.fake.device import SCRATCH, Allocation, FakeDevice
 from wantrt.runtime.rewrite import rewrite_attention
 from wantrt.session import TensorSpec
 
@@ -439,7 +439,7 @@ class Context:
                 device.breaks(f"{name}: its context was freed after the capture")
             context._compute(shapes, addresses, scratch, memory)
 
-        device.launch(name, reads, {**writes, "scratch memory": scratch}, compute)
+        device.launch(name, reads, {**writes, SCRATCH: scratch}, compute)
         self._last_use = device, device.ticks
         return True
 
