@@ -39,8 +39,9 @@ $(VENV)/.stamp-dev: $(INPUTS)
 
 # A bare machine with a GPU: its own python3 with torch, Triton, pytest, safetensors and numpy. The
 # pieces are in order of importance and take at most ten minutes each; `make gpu-1` runs one alone.
-GPU_PIECES := 1
-GPU_1 := tests/gpu
+GPU_PIECES := 1 2 3
+GPU_1 := tests/gpu/test_runtime_on_gpu.py
+GPU_2 := tests/gpu
 
 gpu:
 	@failed=; for piece in $(GPU_PIECES); do \
@@ -49,6 +50,9 @@ gpu:
 
 gpu-%:
 	PYTHONPATH=. timeout 600 python3 -m pytest -m gpu $(GPU_$*)
+
+gpu-3: # a measurement, into bench/results/gpu_runtime.json
+	PYTHONPATH=. timeout 600 python3 -m wantrt.bench.gpu_runtime
 
 clean:
 	rm -rf $(VENV) build dist outputs .mypy_cache .pytest_cache .ruff_cache

@@ -7,46 +7,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from wantrt.checkpoints.checkpoint import meta_module, part_configs
-from wantrt.checkpoints.generate import GeneratedTensors
-from wantrt.config import VARIANTS
+from tests.gpu.nano import EXPERT, NANO, load
 from wantrt.device import CPUDevice, CUDADevice, Device
-from wantrt.models.components import part_components
 from wantrt.runtime.decoder import Decoder, to_frames
 from wantrt.runtime.denoiser import Denoiser, Stage, Transformer
-from wantrt.runtime.torch_session import TorchSession, load_sessions
 from wantrt.schedulers.grids import make_grid
 
 pytestmark = pytest.mark.gpu
 
-NANO = VARIANTS["nano"]
-EXPERT = NANO.experts[0]
 STEPS = 6
-
-
-def load(part: str, dtype: torch.dtype, device: Device) -> dict[str, list[TorchSession]]:
-    module = meta_module(part_configs(NANO)[part], dtype)
-    generated = GeneratedTensors(0, part, module)
-    weights = {name: generated.read(name).to(p.dtype) for name, p in module.named_parameters()}
-    components = part_components(NANO, part, dtype)
-    return {c.name: load_sessions(c, None, weights, device) for c in components}
 
 
 def generate(dtype: torch.dtype, device: Device, solver: str = "unipc") -> tuple[Tensor, Tensor]:
     """Latent [1, 16, 3, 8, 8] and frames [9, 64, 64, 3], both on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, 16, 3, 8, 8, generator=generator).to(device.torch_device)
+    noise = torch.randn(1, 16, 3, 8, 8, generator=generator)
     rows = (1, EXPERT.dit.text_len, EXPERT.dit.text_dim)
-    embeds, negative = (
-        torch.randn(rows, generator=generator).to(device.torch_device) for _ in range(2)
-    )
+    embeds, negative = (torch.randn(rows, generator=generator) for _ in range(2))
     grid = make_grid(solver, "official", STEPS, NANO.flow_shift)
-    transformer = Transformer(EXPERT.dit, load(EXPERT.name, dtype, device))
-    stages = [Stage(transformer, range(STEPS), EXPERT.guidance_scale)]
-    *_, latent = Denoiser(device).run(stages, grid, solver, noise, embeds, negative)
-    decoder = Decoder(NANO.vae, load("vae", dtype, device), device)
-    frames = torch.cat([to_frames(pixels) for pixels in decoder.decode(latent)])
-    return latent.cpu(), frames
+    with device.stream():
+        where = device.torch_device
+        transformer = Transformer(EXPERT.dit, load(EXPERT.name, dtype, device))
+        stages = [Stage(transformer, range(STEPS), EXPERT.guidance_scale)]
+        *_, latent = Denoiser(device).run(
+            stages, grid, solver, noise.to(where), embeds.to(where), negative.to(where)
+        )
+        decoder = Decoder(NANO.vae, load("vae", dtype, device), device)
+        frames = torch.cat([to_frames(pixels) for pixels in decoder.decode(latent)])
+        return latent.cpu(), frames
 
 
 @pytest.fixture(scope="module")

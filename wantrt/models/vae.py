@@ -175,7 +175,7 @@ class Upsample(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        self.statistics = Statistics(config)
+        self.config, self.statistics = config, Statistics(config)
         dims = [config.encoder_dim * m for m in (1, *config.dim_multipliers)]
         self.conv_in = CausalConv3d(3, dims[0], (3, 3, 3), dtype)
         self.down = nn.ModuleList()
@@ -214,7 +214,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        self.statistics = Statistics(config)
+        self.config, self.statistics = config, Statistics(config)
         multipliers = config.dim_multipliers[::-1]
         temporal_upsample = config.temporal_downsample[::-1]
         dims = [config.decoder_dim * m for m in (multipliers[0], *multipliers)]
