@@ -254,7 +254,7 @@ def test_stack_and_weights_as_asked(tmp_path: Path) -> None:
     [
         ({"runtime": "onnxruntime", "precision": "bf16"}, SettingsError, "Take fp32"),
         ({"runtime": "onnxruntime", "precision": "fp16"}, SettingsError, "Take fp32"),
-        ({"precision": "fp8"}, SettingsError, "Take fp32"),
+        ({"precision": "fp8"}, UnsupportedTaskError, "not there yet"),
         ({"precision": "bf61"}, SettingsError, "did you mean bf16"),
         ({"runtime": "onnxruntme"}, SettingsError, "did you mean onnxruntime"),
         ({"variant": "i2v-a14b", "checkpoint": "random:0"}, UnsupportedTaskError, "i2v"),

@@ -156,7 +156,7 @@ def test_build_prints_where_the_bundle_is(wantrt, tmp_path: Path) -> None:
         (["--variant", "i2v-14b-480p", "--checkpoint", "random:0"], "i2v"),
         (["--variant", "nano", "--runtime", "tensorrt"], "tensorrt"),
         (["--variant", "nano", "--runtime", "torchh"], "did you mean torch"),
-        (["--variant", "nano", "--precision", "fp8"], "unknown precision"),
+        (["--variant", "nano", "--precision", "fp8"], "not there yet"),
         (["--variant", "nano", "--runtime", "torch", "--size", "64x64"], "TensorRT plans alone"),
         (["--variant", "nano", "--runtime", "torch", "--tf32"], "TensorRT plans alone"),
         (["--variant", "nano", "--size", "64y64"], "not a size"),

@@ -16,7 +16,7 @@ from wantrt.bundle import BUILD_LOG, MANIFEST, Bundle
 from wantrt.checkpoints import Checkpoint, open_checkpoint
 from wantrt.checkpoints.opening import NANO
 from wantrt.config import DiTConfig, Size, Variant
-from wantrt.errors import BuildError, BundleError, SettingsError
+from wantrt.errors import BuildError, BundleError, SettingsError, UnsupportedTaskError
 from wantrt.export.graph import export_component
 from wantrt.export.ops import ONNX_OPS
 from wantrt.folder import (
@@ -135,16 +135,19 @@ class Build:
         manifest = self._write_manifest(built)
         if receipt is None and log is not None and not missing and built.keys() == before.keys():
             receipt = log.receipt
-        self._write_log(built, receipt=receipt, manifest=sha256_of(manifest))
+        self._write_log(built, sha256_of(manifest), receipt)
         return Bundle.load(self.out, checked=False)
 
-    def _write_log(self, built: Mapping[str, Built], **done: str | None) -> None:
+    def _write_log(
+        self, built: Mapping[str, Built], manifest: str | None = None, receipt: str | None = None
+    ) -> None:
         log = BuildLog(
             checkpoint=self.source,
             fingerprint=self.checkpoint.fingerprint,
             pieces=dict(built),
             shapes=self.shapes,
-            **done,
+            manifest=manifest,
+            receipt=receipt,
         )
         if read_log(self.out) != log:
             write_log(self.out, log)
@@ -316,9 +319,13 @@ def _choose_runtime(requested: str, precision: str | None, plan_options: Sequenc
     check_name("runtime", requested, ("auto", *RUNTIMES))
     if precision is not None:
         check_name("precision", precision, (*PRECISIONS, "fp8"))
+    if precision == "fp8":
+        raise UnsupportedTaskError(
+            f"precision fp8 is not there yet; today: {', '.join(PRECISIONS)}"
+        )
     runtime = requested
     if requested == "auto":
-        runtime = choose_runtime(None, (precision,) if precision in PRECISIONS else ()).name
+        runtime = choose_runtime(None, (precision,) if precision else ()).name
         if RUNTIMES[runtime].compiled and precision == "fp32":
             runtime = "torch"  # plans have no fused attention in fp32
     elif not RUNTIMES[requested].compiled:
