@@ -14,14 +14,16 @@ import pytest
 from tests.engines.fake.device import FakeDevice, FakeEvent
 from tests.engines.fake.install import install_tensorrt_rtx
 from tests.engines.fake.tensorrt import Runtime
-from wantrt import Pipeline
+from tests.runtime.diffusers_checkpoint import make_pipeline, save
+from wantrt import Pipeline, config
 from wantrt.build import plan_build
 from wantrt.device import Arena
+from wantrt.engines import requests
 from wantrt.engines.flavours import find_flavour
 from wantrt.engines.loaded_plan import LoadedPlan
 from wantrt.errors import SettingsError
 from wantrt.nano.judge import judge
-from wantrt.runtime import loading
+from wantrt.runtime import denoiser, loading, sizes
 from wantrt.runtime.capture import Repeated
 
 RUNTIME = "tensorrt-rtx"
@@ -170,6 +172,27 @@ def test_without_guidance(bundles, device):
             pipe("a red circle moves right", guidance_scale=1.0, **SHORT).frames for _ in range(2)
         )
     assert np.array_equal(first, second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_tokens", [1000, 4], ids=["in a batch", "one after the other"])
+def test_two_experts_with_two_passes(patches, monkeypatch, tmp_path, batch_tokens):
+    """Experts of the same dimensions share their plans, and passes the contexts."""
+    for module in (config, denoiser, requests, sizes):
+        monkeypatch.setattr(module, "GUIDANCE_BATCH_TOKENS", batch_tokens)
+    checkpoint = save(make_pipeline(experts=2), tmp_path / "checkpoint")
+    settings = {"size": (80, 48), "num_frames": 9, "num_inference_steps": 5, "guidance_scale": 4.0}
+    bundle = plan_build(
+        str(checkpoint), out=tmp_path / "bundle", runtime=RUNTIME, sizes=[(80, 48)], frames=[9]
+    ).run()
+    with Pipeline.load(bundle.path, runtime="torch") as pipe:
+        expected = pipe("a red cat", **settings).frames.astype(int)
+    made = []
+    for residency in ("resident", "stream"):
+        with fake_gpu(), Pipeline.load(bundle.path, RUNTIME, residency=residency) as pipe:
+            made.append(pipe("a red cat", **settings).frames)
+    assert np.array_equal(*made)
+    assert np.abs(made[0] - expected).mean() < 1
 
 
 def test_a_size_that_no_plan_serves(bundles, device):
