@@ -181,7 +181,7 @@ def test_two_experts_with_two_passes(patches, monkeypatch, tmp_path, batch_token
     for module in (config, denoiser, requests, sizes):
         monkeypatch.setattr(module, "GUIDANCE_BATCH_TOKENS", batch_tokens)
     checkpoint = save(make_pipeline(experts=2), tmp_path / "checkpoint")
-    settings = {"size": (80, 48), "num_frames": 9, "num_inference_steps": 5, "guidance_scale": 4.0}
+    settings = {**SHORT, "size": (80, 48), "num_frames": 9, "guidance_scale": 4.0}
     bundle = plan_build(
         str(checkpoint), out=tmp_path / "bundle", runtime=RUNTIME, sizes=[(80, 48)], frames=[9]
     ).run()
