@@ -133,14 +133,15 @@ def _trusted(
         host = weights.on_host(component)
         instance = component.instances[plan.instance or 0]
         baked = {name: host[prepared] for name, prepared in instance.items()}
+    flavour = find_flavour(plan.runtime)
     request = PlanRequest(
         component=component,
         graph=bundle.graph(component.name, part),
         symbols=plan.symbols,
-        targets=plan.targets,
+        targets=plan.targets if flavour.served_targets else flavour.choose_targets(),
         baked=baked,
     )
-    return obtain(find_flavour(plan.runtime), request).path
+    return obtain(flavour, request).path
 
 
 _warned: set[str] = set()
