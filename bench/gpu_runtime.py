@@ -33,7 +33,7 @@ from wantrt.runtime.sizes import dit_symbols
 from wantrt.runtime.streaming import stream_sessions
 from wantrt.runtime.torch_session import load_sessions
 from wantrt.schedulers.grids import make_grid
-from wantrt.session import Tensors
+from wantrt.session import Session, Tensors
 
 refuse_other_names(__spec__)
 
@@ -140,7 +140,7 @@ def make_sessions(components: Sequence[Component], device: CUDADevice, streamed:
     def load(component: Component, _: Files, given: Tensors, device: Any) -> Any:
         return load_sessions(component, None, given, device)
 
-    found = {}
+    found: dict[str, Sequence[Session]] = {}
     for component in components:
         weights = random_weights(component, device)
         if streamed and component.name in STREAMED:
