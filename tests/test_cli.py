@@ -270,6 +270,31 @@ def test_bad_input_is_one_error_and_no_file(
     assert {path.name for path in tmp_path.iterdir()} <= {"blocked", "cache"}
 
 
+def test_residency_is_asked_for_by_name(wantrt, tmp_path: Path) -> None:
+    videos = []
+    for options in (
+        [],
+        ["--residency", "phase"],
+        ["--residency", "stream", "--text-encoder", "cpu"],
+    ):
+        out = f"{len(videos)}.gif"
+        ran = generate(wantrt, "a cat", "--runtime", "torch", "--out", out, *options)
+        assert ran.code == 0, ran.err
+        videos.append((tmp_path / out).read_bytes())
+    assert videos[0] == videos[1] == videos[2]
+
+
+def test_memory_is_shown_for_every_size_and_residency(wantrt) -> None:
+    (size, *_) = wantrt("info", small_bundle(), "--json").json["sizes"]
+    assert list(size["memory"]) == ["resident", "phase", "stream"]
+    for memory in size["memory"].values():
+        parts = ("weights", "scratch", "caches", "buffers")
+        assert memory["total_bytes"] == sum(memory[f"{part}_bytes"] for part in parts)
+    text = wantrt("info", small_bundle()).out
+    for word in ("residency", "scratch", "caches", "buffers", "total", "stream"):
+        assert word in text
+
+
 def test_an_empty_prompt_is_warned_of(wantrt) -> None:
     ran = generate(wantrt, "")
     assert ran.code == 0
