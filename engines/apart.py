@@ -1,10 +1,11 @@
-"""Compile a plan in a process of its own, with the same bytes every time.
+"""Compile a plan in a process of its own, in memory that nothing has touched.
 
 TensorRT-RTX orders some of a plan's tables by where things lie in memory, so its bytes depend on
-what the process did before. In a heap where nothing lies yet they are the same, anywhere and always
-(tests/engines/test_apart.py): every plan is compiled in a child, by a thread whose heap is new. A
-child also stops at once when it is told to, and leaves no memory behind. CUDA does not survive a
-fork: where there is a GPU, plans are compiled in place, and their bytes differ from build to build.
+what the process did before. Every plan is therefore compiled in a child, by a thread whose heap is
+new: then they are the same whatever happened on the parent's heap (tests/engines/test_apart.py).
+One plan of the VAE's (vae_encoder_first) has still been seen to differ between a whole build and
+one that made it alone. A child also stops at once when it is told to, and leaves no memory behind.
+CUDA does not survive a fork: where there is a GPU, plans are compiled in place.
 """
 
 import ctypes
