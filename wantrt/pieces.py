@@ -19,7 +19,7 @@ from pathlib import Path
 from wantrt import __version__
 from wantrt.bundle import BUILD_LOG, FOLDERS, MANIFEST, describe_file, list_files
 from wantrt.errors import BuildError
-from wantrt.folder import Progress, remembered_sha256, write_json
+from wantrt.folder import Progress, remembered_sha256, sha256_of, write_json
 from wantrt.manifest import FileRecord
 from wantrt.records import from_plain, to_plain
 
@@ -124,9 +124,10 @@ def is_untouched(root: Path, log: BuildLog) -> bool:
 
 
 def is_sound(root: Path, built: Built, progress: Progress) -> bool:
-    """The same by its bytes."""
+    """The same by its bytes; those of weights, which are many, from memory where they are known."""
     return all(
-        remembered_sha256(root / name, progress) == record.sha256
+        (remembered_sha256 if record.header_sha256 else sha256_of)(root / name, progress)
+        == record.sha256
         for name, record in built.files.items()
     )
 
