@@ -104,6 +104,8 @@ def choose_options(
     shapes = tuple(dict.fromkeys((*known, *asked)))
     if targets is None:
         log.info("compiling plans for %s; others: --target", ", ".join(chosen))
+    if weights == "auto":
+        log.info("weights stay bound, except the VAE's: not measured here; others: --weights baked")
     for width, height, count in shapes:
         check_tokens(variant, [(width, height)], [count], precision)
     return PlanOptions(
