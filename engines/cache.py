@@ -79,6 +79,12 @@ def look_up(key: str) -> Entry | None:
         return None
 
 
+def discard(entry: Entry) -> None:
+    """Forget a plan that nobody will ask for again."""
+    _record(entry.key).unlink(missing_ok=True)
+    entry.path.unlink(missing_ok=True)
+
+
 def is_trusted(digest: str) -> bool:
     """Whether this machine compiled the plan with this sha256 (for this user)."""
     return (_folder() / f"{digest}.plan").is_file()
@@ -93,6 +99,7 @@ def plan_key(flavour: Flavour, request: PlanRequest) -> str:
         "tf32": request.tf32,
         "baked": {name: _hash_tensor(tensor) for name, tensor in request.baked.items()},
         "flavour": [flavour.name, flavour.version],
+        "cuda": None if flavour.builds_without_gpu else torch.version.cuda,
         "code": hash_code(),
     }
     return sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()

@@ -52,13 +52,14 @@ def compare_weights(
 ) -> Measured:
     """Run the first instance of `component` both ways on `device`, at the typical sizes.
 
-    weights: prepared tensors of the part, on the device. Raises BuildError if the two disagree.
+    weights: prepared tensors of the part, anywhere. Raises BuildError if the two disagree.
     """
-    (first, *_) = load_sessions(component, [bound], weights, device, flavour)
-    (second, *_) = load_sessions(component, [baked], weights, device, flavour)
     typical = {symbol: size for symbol, (_, size, _) in bound[0].symbols.items()}
-    inputs = _make_inputs(component, typical, device)
     with torch.inference_mode(), device.stream():
+        moved = {name: tensor.to(device.torch_device) for name, tensor in weights.items()}
+        (first, *_) = load_sessions(component, [bound], moved, device, flavour)
+        (second, *_) = load_sessions(component, [baked], {}, device, flavour)
+        inputs = _make_inputs(component, typical, device)
         results = [
             {name: t.clone() for name, t in session.run(inputs).items()}
             for session in (first, second)
@@ -82,11 +83,12 @@ def _make_inputs(
 ) -> dict[str, Tensor]:
     inputs = {}
     for name, spec in component.inputs.items():
-        shape, where = spec.concrete(symbols), device.torch_device
+        shape = spec.concrete(symbols)
         if spec.dtype == torch.int64:  # token ids, rows: the first always exists
-            inputs[name] = torch.zeros(shape, dtype=spec.dtype, device=where)
+            values = torch.zeros(shape, dtype=spec.dtype)
         else:
-            inputs[name] = torch.randn(shape, device=where).to(spec.dtype)
+            values = torch.randn(shape).to(spec.dtype)
+        inputs[name] = values.to(device.torch_device)
     return inputs
 
 

@@ -6,9 +6,10 @@ alone; all give the same bytes. The manifest is written last: without one there 
 """
 
 import hashlib
+import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,10 @@ from wantrt.runtime.loading import RUNTIMES, choose_runtime
 from wantrt.session import PRECISIONS, TensorSpec
 
 if TYPE_CHECKING:
+    from wantrt.engines.measure import Measured
     from wantrt.plans import PlanOptions, PreparedWeights
+
+log = logging.getLogger("wantrt")
 
 TOKENIZER = "tokenizer/tokenizer.json"
 GRAPH_BYTES = 2**16  # about; they hold no weights
@@ -80,6 +84,8 @@ class Build:
     pieces: tuple[Piece, ...]
     shapes: tuple[Shape, ...] = ()  # the videos that the plans serve
     to_bake: "PreparedWeights | None" = None
+    measured: Mapping[str, float] = field(default_factory=dict)  # see BuildLog
+    decide: "Callable[[Progress], Build] | None" = None  # what `run` has to find out first
 
     def missing(self) -> list[Piece]:
         """The pieces that are not there yet, or not as they were made."""
@@ -100,6 +106,9 @@ class Build:
         built by another process (unless `wait`), cannot be written, disk or memory is too small, or
         TensorRT does not build a plan. Ctrl-C ends it between two pieces, and within a plan.
         """
+        if self.decide:
+            decided = self.decide(progress)
+            return decided.run(check=check, wait=wait, progress=progress, receipt=receipt)
         self._refuse_strangers()
         with locked(self.out, wait):
             try:
@@ -146,6 +155,7 @@ class Build:
             fingerprint=self.checkpoint.fingerprint,
             pieces=dict(built),
             shapes=self.shapes,
+            measured=dict(self.measured),
             manifest=manifest,
             receipt=receipt,
         )
@@ -276,6 +286,8 @@ def plan_build(
         tf32=tf32,
         known=log.shapes if log and log.fingerprint == opened.fingerprint else (),
     )
+    if weights == "auto":
+        return _with_faster_plans(build, graphs, options, with_weights)
     return _with_plans(build, graphs, options, with_weights)
 
 
@@ -419,6 +431,30 @@ def _with_plans(
         shapes=options.shapes,
         to_bake=to_bake,
     )
+
+
+def _with_faster_plans(
+    build: Build, graphs: Sequence[_Graph], options: "PlanOptions", with_weights: bool
+) -> Build:
+    """Bound or baked, whichever is known to be faster here; else a build that finds out first."""
+    from wantrt.trial import Trial, why_not_measured
+
+    if reason := why_not_measured(options):
+        log.info("weights stay bound, except the VAE's: %s; others: --weights baked", reason)
+        return _with_plans(build, graphs, options, with_weights)
+    stack = next(graph.component for graph in graphs if graph.component.name == "dit_stack")
+    sizes = [symbols for _, symbols in options.symbols(build.checkpoint.variant, stack)]
+    trial = Trial(stack, max(sizes, key=lambda symbols: symbols["L"][1]), options)
+
+    def take(measured: "Measured") -> Build:
+        faster = replace(options, baked=measured.faster == "baked")
+        seconds = {"bound": measured.bound_s, "baked": measured.baked_s}
+        return replace(_with_plans(build, graphs, faster, with_weights), measured=seconds)
+
+    if known := trial.recall():
+        return take(known)
+    undecided = _with_plans(build, graphs, options, with_weights)
+    return replace(undecided, decide=lambda progress: take(trial.run(progress)))
 
 
 def _numbered(pieces: Sequence[Piece]) -> Iterator[tuple[str, Piece]]:

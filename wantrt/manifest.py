@@ -52,6 +52,7 @@ class PlanRecord:
     version: str  # of that library
     targets: tuple[str, ...]  # "sm89"; for tensorrt the name of the GPU
     symbols: dict[str, tuple[int, int, int]]
+    tf32: bool = False  # whether what is float32 may be computed in TF32
     part: str | None = None
     instance: int | None = None
 

@@ -40,6 +40,7 @@ class Piece:
     size: int  # in bytes, about
     make: Callable[[Path, Progress], list[Path]]
     memory: int = 0  # what `make` allocates, in bytes, about; where it is worth a check
+    gpu_memory: int = 0  # the same on the GPU of this machine, at least
     bakes: str | None = None  # the part whose weights go into it
 
     @property
@@ -199,6 +200,21 @@ def check_room(root: Path, missing: Sequence[Piece], temporary_bytes: int = 0) -
             f"{largest.name} takes about {largest.memory / 2**30:.1f} GiB of memory to build, and "
             f"{available / 2**30:.1f} GiB are available. Close other programs, or take a smaller "
             "--stack, or --weights bound."
+        )
+    _check_gpu(max(missing, key=lambda piece: piece.gpu_memory))
+
+
+def _check_gpu(largest: Piece) -> None:
+    if not largest.gpu_memory:
+        return
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    if largest.gpu_memory > free:
+        raise BuildError(
+            f"{largest.name} takes at least {largest.gpu_memory / 2**30:.1f} GiB of the GPU's "
+            f"memory to build, and {free / 2**30:.1f} GiB are free. Free some, or take a smaller "
+            "--stack or --size."
         )
 
 

@@ -104,8 +104,6 @@ def choose_options(
     shapes = tuple(dict.fromkeys((*known, *asked)))
     if targets is None:
         log.info("compiling plans for %s; others: --target", ", ".join(chosen))
-    if weights == "auto":
-        log.info("weights stay bound, except the VAE's: not measured here; others: --weights baked")
     for width, height, count in shapes:
         check_tokens(variant, [(width, height)], [count], precision)
     return PlanOptions(
@@ -206,6 +204,7 @@ class Plan:
             version=flavour.version,
             targets=self.options.targets,
             symbols=dict(self.symbols),
+            tf32=self.options.tf32,
             part=self.part,
             instance=self.instance,
         )
@@ -221,6 +220,7 @@ class Plan:
             size=baked + bound,
             make=self.make,
             memory=BUILDER_BYTES + 2 * baked,
+            gpu_memory=0 if self.options.flavour.builds_without_gpu else self._gpu_bytes,
             bakes=self.part,
         )
 
@@ -236,6 +236,15 @@ class Plan:
         return sum(
             spec.dtype.itemsize * prod(spec.concrete({}))
             for spec in self.component.weights.values()
+        )
+
+    @property
+    def _gpu_bytes(self) -> int:
+        """What TensorRT needs at least to try kernels: weights, inputs and outputs."""
+        largest = {symbol: size for symbol, (_, _, size) in self.symbols.items()}
+        specs = (*self.component.inputs.values(), *self.component.outputs.values())
+        return self._weight_bytes + sum(
+            spec.dtype.itemsize * prod(spec.concrete(largest)) for spec in specs
         )
 
     def make(self, root: Path, progress: Progress) -> list[Path]:

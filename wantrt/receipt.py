@@ -15,17 +15,18 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from wantrt.bundle import BUILD_LOG
+from wantrt.config import find_variant
 from wantrt.pieces import is_untouched, read_log
 
+NANO = Path(__file__).parent / "nano" / "checkpoint"  # what ships with wantrt
 PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt", "safetensors")  # their names begin so
 
 
 def write_receipt(asked: Mapping[str, object]) -> str | None:
     """The receipt for what is asked now (the arguments of `plan_build`); None: cannot be said."""
-    checkpoint = asked.get("checkpoint")
-    if checkpoint is None:
-        return None  # the hub, or what ships with wantrt
-    source = str(checkpoint)
+    source = _find_source(asked)
+    if source is None:
+        return None
     files = _stamps(Path(source)) if Path(source).is_dir() else {}
     if not files and not source.startswith("random:"):
         return None
@@ -49,6 +50,24 @@ def find_done(out: Path | None, receipt: str | None) -> Path | None:
         if log and log.receipt == receipt and is_untouched(root, log):
             return root
     return None
+
+
+def _find_source(asked: Mapping[str, object]) -> str | None:
+    """The folder of the checkpoint, or random:SEED. None: it may have to be downloaded."""
+    source = asked.get("checkpoint")
+    if source is None:
+        variant = find_variant(str(asked.get("variant")))
+        if variant.name == "nano":
+            return str(NANO)
+        source = variant.repo_id
+    if source is None or str(source).startswith("random:") or Path(str(source)).is_dir():
+        return source and str(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(str(source), local_files_only=True)
+    except (OSError, ValueError):  # not there, or no repository's name
+        return None
 
 
 def _stamps(root: Path, pattern: str = "*") -> dict[str, tuple[int, int, int]]:

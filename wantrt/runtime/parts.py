@@ -140,6 +140,7 @@ def _trusted(
         symbols=plan.symbols,
         targets=plan.targets if flavour.served_targets else flavour.choose_targets(),
         baked=baked,
+        tf32=plan.tf32,
     )
     return obtain(flavour, request).path
 
