@@ -135,6 +135,14 @@ def test_without_weights_the_plans_are_the_same(
     assert plans.items() <= contents(built).items()
 
 
+def test_each_expert_has_its_own_baked_plans(tmp_path: Path) -> None:
+    build = planned(tmp_path / "b", variant="t2v-a14b", weights="baked")
+    names = [piece.name for piece in build.pieces]
+    assert len(set(names)) == len(names)
+    experts = {expert.name for expert in build.checkpoint.variant.experts}
+    assert experts <= {piece.bakes for piece in build.pieces}
+
+
 @pytest.mark.slow
 def test_sizes_accumulate(folder: Path, compiled: list[str]) -> None:
     bundle = planned(folder, sizes=[(64, 32)]).run()

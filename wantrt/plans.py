@@ -183,6 +183,7 @@ class Plan:
     fingerprint: str  # of the checkpoint
     part: str | None = None  # whose weights are baked; None: they are bound
     instance: int | None = None
+    siblings: int = 1  # plans of this component and size, by whose weights are baked
 
     @cached_property
     def key(self) -> str:
@@ -227,7 +228,7 @@ class Plan:
     @property
     def _name(self) -> str:
         words = ["plan", Path(self.graph).stem, self.label]
-        if self.part and len(self.component.instances) > 1:
+        if self.part and self.siblings > 1:
             words.append(f"{self.part} {self.instance}")
         return " ".join(filter(None, words))
 
@@ -280,11 +281,12 @@ def component_plans(
     if has_no_kernels(component, options.targets):
         return
     bake = options.baked or component.name.startswith("vae_")
-    owners = [
-        (part, instance) for part in record.parts for instance in range(len(component.instances))
-    ]
+    owners: list[tuple[str, int] | tuple[None, None]] = [(None, None)]
+    if bake:
+        instances = range(len(component.instances))
+        owners = [(part, instance) for part in record.parts for instance in instances]
     for label, symbols in options.symbols(checkpoint.variant, component):
-        for part, instance in owners if bake else [(None, None)]:
+        for part, instance in owners:
             yield Plan(
                 component=component,
                 graph=record.graph,
@@ -296,6 +298,7 @@ def component_plans(
                 fingerprint=checkpoint.fingerprint if bake else "",
                 part=part,
                 instance=instance,
+                siblings=len(owners),
             )
 
 
