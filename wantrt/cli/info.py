@@ -142,8 +142,9 @@ def show_bundle(console: Console, bundle: "Bundle") -> None:
     )
     facts.add_row("bytes", gib(about["bytes"]))
     facts.add_row("made with", ", ".join(f"{name} {v}" for name, v in about["tools"].items()))
-    for name, value in about["settings"].items():
-        facts.add_row(name, str(value))
+    if scheduler := about["settings"].get("scheduler_config"):
+        shift = scheduler.get("flow_shift", scheduler.get("shift"))
+        facts.add_row("scheduler", f"{scheduler.get('_class_name')}, shift {shift}")
 
     parts = table("part", "precision", "weights", "files")
     for name, part in about["parts"].items():
