@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoints.small import SMALL
 from tests.small import copy_bundle, small_bundle, small_checkpoint
+from wantrt.build import plan_build
 from wantrt.bundle import MANIFEST, Bundle, describe_file
 from wantrt.errors import BundleError
 from wantrt.records import to_plain
-from wantrt.verify import Report, distance, verify
+from wantrt.verify import Report, distance, open_source, verify
 
 NAME = "blocks.1.ffn.up.weight"
 
@@ -112,6 +114,12 @@ def test_the_checkpoint_must_be_the_bundle_s_own(tmp_path: Path) -> None:
     assert verify(bundle, str(small_checkpoint()), runtime="torch").ok
     with pytest.raises(BundleError, match="built from another checkpoint"):
         verify(bundle, "random:0:dim=48,num_heads=2,num_layers=1,ffn_dim=48")
+
+
+def test_a_generated_checkpoint_of_other_dimensions_is_found_again(tmp_path: Path) -> None:
+    """Its bundle's variant is `custom`, which does not say from which row it was resized."""
+    plan_build(SMALL, "t2v-1.3b", tmp_path / "b", precision="fp32").run()
+    assert open_source(Bundle.load(tmp_path / "b"), None).source == SMALL
 
 
 def test_distance_of_what_is_not_finite_is_infinite() -> None:

@@ -78,6 +78,7 @@ class Build:
 
     checkpoint: Checkpoint
     source: str | None  # the checkpoint as it was asked for
+    variant: str | None  # likewise
     out: Path
     precision: Mapping[str, str]  # part -> fp32, bf16 or fp16
     components: tuple[ComponentRecord, ...]
@@ -152,6 +153,7 @@ class Build:
     ) -> None:
         log = BuildLog(
             checkpoint=self.source,
+            variant=self.variant,
             fingerprint=self.checkpoint.fingerprint,
             pieces=dict(built),
             shapes=self.shapes,
@@ -268,7 +270,7 @@ def plan_build(
     graphs = _plan_graphs(opened, parts, stack)
     pieces += [_graph_piece(graph.component, graph.key, graph.record.graph) for graph in graphs]
     components = tuple(graph.record for graph in graphs)
-    build = Build(opened, checkpoint, folder, parts, components, tuple(pieces))
+    build = Build(opened, checkpoint, variant, folder, parts, components, tuple(pieces))
     if not RUNTIMES[runtime].compiled:
         return build
     from wantrt.plans import choose_options

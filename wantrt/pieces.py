@@ -18,6 +18,7 @@ from pathlib import Path
 
 from wantrt import __version__
 from wantrt.bundle import BUILD_LOG, FOLDERS, MANIFEST, describe_file, list_files
+from wantrt.config import Variant
 from wantrt.errors import BuildError
 from wantrt.folder import Progress, remembered_sha256, sha256_of, write_json
 from wantrt.manifest import FileRecord
@@ -60,7 +61,7 @@ class Built:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildLog:
-    """What this machine did. `checkpoint` is as it was asked for, None if it was not.
+    """What this machine did. `checkpoint` and `variant` are as asked for, None if they were not.
 
     shapes: the videos that the plans serve; a later build adds to them. measured: what `--weights
     auto` timed, seconds a run by way of having the weights. manifest: the sha256 of the finished
@@ -70,6 +71,7 @@ class BuildLog:
     checkpoint: str | None
     fingerprint: str
     pieces: dict[str, Built]
+    variant: str | None = None
     shapes: tuple[Shape, ...] = ()
     measured: dict[str, float] = field(default_factory=dict)
     manifest: str | None = None
@@ -94,6 +96,16 @@ def read_log(root: Path) -> BuildLog | None:
         return from_plain(BuildLog, json.loads((root / BUILD_LOG).read_bytes()))
     except (OSError, ValueError):
         return None
+
+
+def variant_to_ask(variant: Variant, log: BuildLog | None) -> str | None:
+    """The --variant that opens a bundle's checkpoint again; None: without one.
+
+    A checkpoint of dimensions of its own is `custom`, which is no name to ask for.
+    """
+    if variant.name != "custom":
+        return variant.name
+    return log.variant if log else None
 
 
 def write_log(root: Path, log: BuildLog) -> None:

@@ -26,7 +26,7 @@ from wantrt.folder import Progress, silent
 from wantrt.models.components import Component, part_components
 from wantrt.models.dit import rope_tables, timestep_sinusoid
 from wantrt.models.umt5 import position_buckets
-from wantrt.pieces import read_log
+from wantrt.pieces import read_log, variant_to_ask
 from wantrt.runtime.loading import RUNTIMES, Runtime, choose_for
 from wantrt.runtime.parts import load_part
 from wantrt.runtime.pipeline import Pipeline
@@ -132,10 +132,9 @@ def verify(
 
 def open_source(bundle: Bundle, checkpoint: str | None) -> Checkpoint:
     """The checkpoint that a bundle was built from. Raises BundleError if it is another one."""
-    name = bundle.variant.name
     log = read_log(bundle.path)
     source = checkpoint or (log.checkpoint if log else None)
-    opened = open_checkpoint(source, None if name == "custom" else name)
+    opened = open_checkpoint(source, variant_to_ask(bundle.variant, log))
     if opened.fingerprint != bundle.manifest.checkpoint.fingerprint:
         raise BundleError(
             f"{bundle.path} was built from another checkpoint than {opened.source}. "

@@ -11,7 +11,7 @@ from typing import Any
 from wantrt.bundle import Bundle
 from wantrt.config import GUIDANCE_BATCH_TOKENS, Size, Variant
 from wantrt.errors import SettingsError
-from wantrt.pieces import read_log
+from wantrt.pieces import read_log, variant_to_ask
 from wantrt.runtime.settings import Settings, resolve
 
 DIT_STEP = ("dit_patch", "dit_stack", "dit_head")  # what runs at the size of the video
@@ -86,7 +86,7 @@ def check_served(bundle: Bundle, runtime: str, settings: Settings) -> None:
     served = "; ".join(map(str, served_sizes(bundle, runtime))) or "others"
     log = read_log(bundle.path)
     source = f" --checkpoint {log.checkpoint}" if log and log.checkpoint else ""
-    variant = f" --variant {bundle.variant.name}" if bundle.variant.name != "custom" else ""
+    variant = f" --variant {name}" if (name := variant_to_ask(bundle.variant, log)) else ""
     raise SettingsError(
         f"the {runtime} plans of {bundle.path} do not serve {width}x{height} with "
         f"{settings.num_frames} frames{' and guidance' if guided else ''}. They serve {served}.\n"
