@@ -85,6 +85,11 @@ class RTXComputeCapability(Protocol):
     def __members__(self) -> Mapping[str, Enum]: ...
 
 
+class RTXDynamicShapesKernelSpecializationStrategy(Protocol):
+    @property
+    def EAGER(self) -> Enum: ...
+
+
 class RTXEngineValidity(Protocol):
     @property
     def INVALID(self) -> Enum: ...
@@ -188,6 +193,8 @@ class RuntimeConfig(Protocol):
 
 
 class RTXRuntimeConfig(RuntimeConfig, Protocol):
+    dynamic_shapes_kernel_specialization_strategy: Enum
+
     def create_runtime_cache(self) -> RTXRuntimeCache | None: ...
     def set_runtime_cache(self, cache: RTXRuntimeCache) -> bool: ...
 

@@ -110,6 +110,10 @@ class RTXModule(Module, Protocol):
     @property
     def ComputeCapability(self) -> api.RTXComputeCapability: ...
     @property
+    def DynamicShapesKernelSpecializationStrategy(
+        self,
+    ) -> api.RTXDynamicShapesKernelSpecializationStrategy: ...
+    @property
     def EngineValidity(self) -> api.RTXEngineValidity: ...
 
 
@@ -170,6 +174,17 @@ class Flavour:
         """Keeps the kernels compiled on this GPU in a runtime cache."""
         has = hasattr(config, "create_runtime_cache")
         return cast(api.RTXRuntimeConfig, config) if has else None
+
+    def compile_at_once(self, config: api.RuntimeConfig) -> None:
+        """Have kernels for new shapes before a run with these shapes, where they are compiled then.
+
+        Otherwise runs take general kernels until others have been compiled in the background: the
+        same prompt would not always give the same bits, and a graph keep the slow ones.
+        """
+        rtx_config = self.rtx_runtime_config(config)
+        if self._rtx is not None and rtx_config is not None:
+            strategies = self._rtx.DynamicShapesKernelSpecializationStrategy
+            rtx_config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
 
     def rtx_context(self, context: api.ExecutionContext) -> api.RTXExecutionContext | None:
         """Says whether it can be captured."""

@@ -1,4 +1,4 @@
-"""A plan at work: its engine and an execution context, and what was last set in that.
+"""A plan at work: its engine, its execution contexts, and what was last set in those.
 
 Engines are deserialised once a process and shared while something holds them. Scratch memory is the
 device's: a plan tells its need when it is loaded, and computes in the common block.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import torch
 
@@ -27,6 +27,7 @@ from wantrt.session import TensorSpec
 refuse_other_names(__spec__)
 
 Region = tuple[tuple[int, ...], int]  # shape and address of a contiguous tensor
+Shapes = tuple[tuple[int, ...], ...]  # of the inputs that are not static
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,11 @@ class LoadedEngine:
 
 
 class LoadedPlan:
-    """`enqueue` sets what changed since the last one: addresses mostly, shapes never if static."""
+    """Engine and contexts of a plan: one context for all runs, until one is captured.
+
+    TensorRT forbids other shapes to a context from which something was captured. So such a context
+    keeps its shapes, and runs at others get another one.
+    """
 
     def __init__(self, source: PlanSource, loaded: LoadedEngine) -> None:
         self.source = source
@@ -99,12 +104,10 @@ class LoadedPlan:
         self._inputs = [name for name, read in zip(names, reads, strict=True) if read]
         self._outputs = [name for name, read in zip(names, reads, strict=True) if not read]
         _check_signature(source, engine, self._inputs, self._outputs)
+        self._dynamic = [n for n in self._inputs if -1 in tuple(engine.get_tensor_shape(n))]
         self._scratch_bytes = engine.device_memory_size_v2
         source.device.scratch.reserve(self._scratch_bytes)
-        self._context = _make_context(source, loaded)
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
-        self._scratch: tuple[int, int] | None = None
+        self._contexts = [_Context(source, loaded)]
 
     def enqueue(self, inputs: Mapping[str, Region], outputs: Mapping[str, Region]) -> None:
         """Run once on the device's stream. Both maps may hold more than the plan takes.
@@ -113,41 +116,84 @@ class LoadedPlan:
         """
         for name in self._inputs:
             if name not in inputs:
-                self._fail(f"weight {name} is bound to nothing on the device", "Bind it first.")
-            self._set_shape(name, inputs[name][0])
-            self._set_address(name, inputs[name][1])
+                happened = f"weight {name} is bound to nothing on the device"
+                raise self.source.error(ExecutionError, happened, "Bind it first.")
+        context = self._context_for(tuple(inputs[name][0] for name in self._dynamic))
+        for name in self._inputs:
+            context.set_shape(name, inputs[name][0])
+            context.set_address(name, inputs[name][1])
         for name in self._outputs:
-            self._set_address(name, outputs[name][1])
-        self._set_scratch()
-        stream = self.source.device.stream_handle
-        if self.source.device.capturing:
-            rtx_context = self.source.flavour.rtx_context(self._context)
-            if rtx_context is not None and not rtx_context.is_stream_capturable(stream):
-                self._fail("the plan cannot be captured", "It runs uncaptured all the same.")
-        if not self._context.execute_async_v3(stream):
-            self._fail("the run could not be enqueued", _REPORT)
+            context.set_address(name, outputs[name][1])
+        arena = self.source.device.scratch  # a new one after each phase of --residency phase
+        arena.reserve(self._scratch_bytes)
+        context.set_scratch(arena.block())
+        context.enqueue()
 
-    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if self._shapes.get(name) == shape:
+    def _context_for(self, shapes: Shapes) -> "_Context":
+        for context in self._contexts:
+            if context.captured in (None, shapes):
+                break
+        else:
+            context = _Context(self.source, self._loaded)
+            self._contexts.append(context)
+        context.shapes = shapes
+        return context
+
+
+class _Context:
+    """An execution context. Sets what changed since the last run: addresses mostly."""
+
+    def __init__(self, source: PlanSource, loaded: LoadedEngine) -> None:
+        self.source = source
+        self.shapes: Shapes = ()  # of the next run
+        self.captured: Shapes | None = None  # what a captured run had
+        self._context, kernels = _make_context(source, loaded)
+        self._ran = False  # with the shapes that are set
+        self._capturable = True
+        self._set_shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._scratch: tuple[int, int] | None = None
+        self._kernels = kernels  # outlives the context, which compiles for new shapes
+        if kernels is not None:
+            kernels.save()
+            finalize(self, kernels.save)
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if self._set_shapes.get(name) == shape:
             return
         if not self._context.set_input_shape(name, shape):
             self._fail(f"input {name} cannot have shape {list(shape)}", _REPORT)
-        self._shapes[name] = shape
+        self._set_shapes[name] = shape
+        self._ran = False
 
-    def _set_address(self, name: str, address: int) -> None:
+    def set_address(self, name: str, address: int) -> None:
         if self._addresses.get(name) == address:
             return
         if not self._context.set_tensor_address(name, address):
             self._fail(f"the address of {name} was refused", _REPORT)
         self._addresses[name] = address
 
-    def _set_scratch(self) -> None:
-        arena = self.source.device.scratch  # a new one after each phase of --residency phase
-        arena.reserve(self._scratch_bytes)
-        scratch = arena.block()
+    def set_scratch(self, scratch: tuple[int, int]) -> None:
         if scratch != self._scratch:
             self._context.set_device_memory(*scratch)
             self._scratch = scratch
+
+    def enqueue(self) -> None:
+        stream = self.source.device.stream_handle
+        capturing = self.source.device.capturing
+        if capturing and not self._ran:
+            self._fail("the plan has not run at these shapes yet", _UNCAPTURED)
+        if capturing and not self._capturable:
+            self._fail("the plan cannot be captured", _UNCAPTURED)
+        if not self._context.execute_async_v3(stream):
+            self._fail("the run could not be enqueued", _REPORT)
+        if capturing:
+            self.captured = self.shapes
+            return
+        self._ran = True
+        rtx_context = self.source.flavour.rtx_context(self._context)
+        if rtx_context is not None:  # asked now: during a capture it is too late
+            self._capturable = rtx_context.is_stream_capturable(stream)
 
     def _fail(self, happened: str, remedy: str) -> NoReturn:
         raise self.source.error(ExecutionError, happened, remedy)
@@ -161,6 +207,7 @@ _ENGINES: "WeakValueDictionary[tuple[File, torch.device], LoadedEngine]" = WeakV
 _PLANS: "WeakValueDictionary[tuple[File, int], LoadedPlan]" = WeakValueDictionary()
 
 _REPORT = "Is the bundle sound? wantrt verify --bundle BUNDLE"
+_UNCAPTURED = "It runs uncaptured all the same."
 
 
 def _deserialise(source: PlanSource) -> LoadedEngine:
@@ -176,25 +223,27 @@ def _deserialise(source: PlanSource) -> LoadedEngine:
     return LoadedEngine(engine, hashlib.sha256(content).hexdigest())
 
 
-def _make_context(source: PlanSource, loaded: LoadedEngine) -> api.ExecutionContext:
+def _make_context(
+    source: PlanSource, loaded: LoadedEngine
+) -> tuple[api.ExecutionContext, RuntimeCacheFile | None]:
     """A context without memory of its own, with kernels from the runtime cache where there is one.
 
-    TensorRT-RTX compiles kernels for the GPU at hand here: seconds, unless they are cached.
+    TensorRT-RTX compiles kernels for the GPU at hand: here, and for a dynamic plan at the first run
+    of new shapes. It takes seconds, unless they are cached.
     """
     config = loaded.engine.create_runtime_config()
     if config is None:
         raise source.error(ExecutionError, "no runtime configuration could be made", _MEMORY)
     strategies = source.flavour.module.ExecutionContextAllocationStrategy
     config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
+    source.flavour.compile_at_once(config)
     kernels = RuntimeCacheFile.attach(source.flavour, config, source.device, loaded.sha256)
     context = loaded.engine.create_execution_context(config)
     if context is None:
         raise source.error(ExecutionError, "no execution context could be made", _MEMORY)
     if not context.set_optimization_profile_async(0, source.device.stream_handle):
         raise source.error(ExecutionError, "its optimisation profile was refused", _REPORT)
-    if kernels is not None:
-        kernels.save()
-    return context
+    return context, kernels
 
 
 _MEMORY = "Is the GPU's memory full? --residency phase or stream needs less."

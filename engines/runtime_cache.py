@@ -20,13 +20,13 @@ refuse_other_names(__spec__)
 log = logging.getLogger("wantrt")
 
 
-@dataclass(frozen=True)
+@dataclass
 class RuntimeCacheFile:
-    """A runtime cache and its file; `save` after contexts were made."""
+    """A runtime cache and its file; `save` when kernels may have been compiled."""
 
     cache: api.RTXRuntimeCache
     path: Path
-    loaded: bytes  # what the file held
+    kept: bytes  # what the file holds
 
     @classmethod
     def attach(
@@ -56,8 +56,9 @@ class RuntimeCacheFile:
         """Write the file if there is anything new."""
         kernels = self.cache.serialize()
         content = b"" if kernels is None else bytes(kernels)
-        if content and content != self.loaded:
+        if content and content != self.kept:
             try:
                 write_atomic(self.path, content)
+                self.kept = content
             except OSError as error:
                 log.warning("cannot keep compiled kernels in %s: %s", self.path, error)

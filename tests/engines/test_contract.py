@@ -335,6 +335,16 @@ def test_what_was_captured_stays(run, device, freed):
             replay()
 
 
+def test_shapes_of_a_capture_stay(run, device):
+    run.prepare()
+    with device.stream():
+        run.enqueue()
+        replay = device.capture(run.enqueue)
+        run.context.set_input_shape("sinusoid", (1, run.inputs["sinusoid"].shape[1]))
+        with pytest.raises(RuleBroken, match="got other shapes after the capture"):
+            replay()
+
+
 def test_tensors_of_a_capture_stay(device):
     held = {name: device.empty((3,), torch.float32) for name in "xy"}
     with device.stream():

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ def test_devices_share_an_engine_and_no_context(components, plan_of, flavour):
     first, second = (next(iter(session._loaded.values())) for session in held)
     assert Engine.deserialised == before + 1
     assert first._loaded.engine is second._loaded.engine
-    assert first._context is not second._context
+    assert first._contexts[0] is not second._contexts[0]
 
 
 def test_a_plan_is_freed_with_its_last_session(components, plan_of, device, flavour):
@@ -271,6 +272,39 @@ def test_capture_replays_all_stacks(components, plan_of, device, flavour):
     assert device.replays == 2
 
 
+def test_a_captured_context_keeps_its_shapes(components, plan_of, device, flavour):
+    """A dynamic plan at two sizes, both captured, replayed in turn."""
+    component = components["dit_time"]
+    plan = plan_of("dit_time", {"T": (1, 2, 4)})
+    (session,) = load(component, [plan], make_weights(component), device, flavour)
+    captured = []
+    with device.stream():
+        for count in (2, 3):
+            inputs = on(device, make_inputs(component, {"T": count}))
+            expected = session.run(inputs)
+            outputs = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+            replay = device.capture(partial(session.run, inputs, outputs))
+            captured.append((replay, inputs, outputs, expected))
+        session.run(on(device, make_inputs(component, {"T": 4})))
+        for replay, _, outputs, expected in captured:
+            replay()
+            assert all(torch.equal(outputs[name], expected[name]) for name in expected)
+    (loaded,) = session._loaded.values()
+    assert len(loaded._contexts) == 3  # one for each captured size, and one for all others
+
+
+def test_a_capture_after_other_shapes_is_refused(components, plan_of, device, flavour):
+    component = components["dit_time"]
+    plan = plan_of("dit_time", {"T": (1, 2, 4)})
+    (session,) = load(component, [plan], make_weights(component), device, flavour)
+    two, three = (on(device, make_inputs(component, {"T": count})) for count in (2, 3))
+    with device.stream():
+        session.run(two)
+        session.run(three)
+        with pytest.raises(ExecutionError, match="has not run at these shapes yet"):
+            device.capture(lambda: session.run(two))
+
+
 # -- The runtime cache ----------------------------------------------------------------------------
 
 
@@ -293,6 +327,25 @@ def test_compiled_kernels_are_kept_on_disk(components, plan_of, device, flavour,
     with caplog.at_level(logging.WARNING):
         prepare()
     assert "compile again" in caplog.text
+    assert file.read_bytes() == RuntimeCache.made
+
+
+def test_kernels_for_new_shapes_are_kept_too(
+    components, plan_of, device, flavour, tmp_path, monkeypatch
+):
+    """A dynamic plan compiles at its runs, before they run: else a seed would not mean the bits."""
+    component, plan = components["dit_time"], plan_of("dit_time", {"T": (1, 2, 4)})
+    (session,) = load(component, [plan], make_weights(component), device, flavour)
+    session.prepare({"T": 2})
+    (loaded,) = session._loaded.values()
+    strategy = loaded._contexts[0]._context._config.dynamic_shapes_kernel_specialization_strategy
+    assert strategy.name == "EAGER"
+    monkeypatch.setattr(RuntimeCache, "made", b"and kernels for three timesteps")
+    del session, loaded
+    gc.collect()
+    (file,) = (
+        p for p in (tmp_path / "cache" / "wantrt" / "runtime-cache").rglob("*") if p.is_file()
+    )
     assert file.read_bytes() == RuntimeCache.made
 
 
@@ -357,9 +410,9 @@ def test_a_stream_that_cannot_be_captured(components, plan_of, device, flavour, 
     plans, weights = [plan_of("dit_time")], make_weights(component)
     (session,) = load(component, plans, weights, device, flavour)
     inputs = on(device, make_inputs(component, SIZES))
+    monkeypatch.setattr(Runtime, "refuses", {"is_stream_capturable"})
     with device.stream():
         session.run(inputs)
-        monkeypatch.setattr(Runtime, "refuses", {"is_stream_capturable"})
         with pytest.raises(ExecutionError, match="dit_time: the plan cannot be captured"):
             device.capture(lambda: session.run(inputs))
         session.run(inputs)  # runs on, uncaptured

@@ -42,6 +42,9 @@ MemoryPoolType = Enum("MemoryPoolType", "WORKSPACE")
 TensorIOMode = Enum("TensorIOMode", "NONE INPUT OUTPUT")
 ComputeCapability = Enum("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120 SM121")
 EngineValidity = Enum("EngineValidity", "VALID SUBOPTIMAL INVALID")
+DynamicShapesKernelSpecializationStrategy = Enum(
+    "DynamicShapesKernelSpecializationStrategy", "LAZY EAGER NONE"
+)
 
 DATA_TYPES = {
     TensorProto.FLOAT: (DataType.FLOAT, torch.float32),
@@ -70,6 +73,8 @@ def make_module(name: str, version: str = "") -> ModuleType:
     if rtx:
         module.ComputeCapability, module.EngineValidity = ComputeCapability, EngineValidity
         module.IRuntimeCache = RuntimeCache
+        strategies = DynamicShapesKernelSpecializationStrategy
+        module.DynamicShapesKernelSpecializationStrategy = strategies
     module.Builder = lambda logger: Builder(logger, rtx)
     module.Runtime = lambda logger: (RTXRuntime if rtx else Runtime)(logger, module.__version__)
     return module
@@ -281,6 +286,7 @@ class RuntimeConfig:
 
 class RTXRuntimeConfig(RuntimeConfig):
     cache: RuntimeCache | None = None
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
 
     def create_runtime_cache(self) -> RuntimeCache:
         return RuntimeCache()
@@ -431,12 +437,14 @@ class Context:
             }
             for mode in (TensorIOMode.INPUT, TensorIOMode.OUTPUT)
         )
-        reference, name = weakref.ref(self), self._engine.name
+        reference, name, only_inputs = weakref.ref(self), self._engine.name, dict(self._shapes)
 
         def compute(memory: Mapping[str, Allocation]) -> None:
             context = reference()
             if context is None:
                 device.breaks(f"{name}: its context was freed after the capture")
+            if context._shapes != only_inputs:
+                device.breaks(f"{name}: its context got other shapes after the capture")
             context._compute(shapes, addresses, scratch, memory)
 
         device.launch(name, reads, {**writes, SCRATCH: scratch}, compute)
