@@ -75,7 +75,7 @@ def look_up(key: str) -> Entry | None:
         digest = json.loads(_record(key).read_bytes())["sha256"]
         path = _folder() / f"{digest}.plan"
         return Entry(path, digest, key) if sha256_of(path) == digest else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

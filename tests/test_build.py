@@ -24,6 +24,7 @@ from wantrt.errors import (
     UnsupportedTaskError,
 )
 from wantrt.folder import locked
+from wantrt.pieces import read_log
 
 TINY = (
     ":dim=48,ffn_dim=80,num_heads=2,num_layers=2,vae.encoder_dim=8,vae.decoder_dim=8,"
@@ -179,6 +180,25 @@ def test_missing_and_foreign_files_are_mended(tmp_path: Path) -> None:
 def test_a_bundle_without_its_log_is_built_again_to_the_same_bytes(tmp_path: Path) -> None:
     folder = copy_bundle(tmp_path)
     (folder / BUILD_LOG).unlink()
+    rebuild(folder)
+    assert contents(folder) == contents(small_bundle())
+
+
+def test_a_log_cannot_make_a_build_delete_what_is_not_its_own(tmp_path: Path) -> None:
+    folder = copy_bundle(tmp_path)
+    (tmp_path / "victim").write_bytes(b"mine")
+    log = (folder / BUILD_LOG).read_text()
+    (folder / BUILD_LOG).write_text(log.replace("graphs/dit_stack.onnx", "../victim"))
+    rebuild(folder)
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+    assert contents(folder) == contents(small_bundle())
+
+
+@pytest.mark.parametrize("log", ["", "[]", "[" * 10**5], ids=["empty", "other", "deep"])
+def test_a_log_that_cannot_be_read_is_none(tmp_path: Path, log: str) -> None:
+    folder = copy_bundle(tmp_path)
+    (folder / BUILD_LOG).write_text(log)
+    assert read_log(folder) is None
     rebuild(folder)
     assert contents(folder) == contents(small_bundle())
 

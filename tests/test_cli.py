@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.small import SMALL_SETTINGS, copy_bundle, small_bundle, small_checkpoint
+from tests.test_build import flip_byte
 from wantrt import __version__
 from wantrt.cli import main
 from wantrt.config import VARIANTS
@@ -146,6 +147,10 @@ def test_build_prints_where_the_bundle_is(wantrt, tmp_path: Path) -> None:
     assert again.json["built"] == []
     assert again.json["bundle"] == "custom-fp32"
     assert "nothing to do" in wantrt(*arguments, "--check").out
+    flip_byte(tmp_path / "custom-fp32/graphs/dit_head.onnx", keep_mtime=True)
+    refused(wantrt("info", "custom-fp32"), "with --check")
+    assert wantrt(*arguments, "--check", "--json").json["built"] == ["graph dit_head"]
+    assert wantrt("info", "custom-fp32").code == 0
 
 
 @pytest.mark.parametrize(

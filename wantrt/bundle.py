@@ -151,8 +151,7 @@ class Bundle:
         if unlisted := sorted(needed - set(manifest.files)):
             raise BundleError(f"{self.path / MANIFEST} does not list {', '.join(unlisted)}.")
         for name in manifest.files:
-            parts = name.split("/")  # an absolute path begins with an empty one
-            if parts[0] not in FOLDERS or {"", ".", ".."} & set(parts) or "\\" in name:
+            if not is_inside(name):
                 raise BundleError(f"{self.path / MANIFEST} names {name}, outside of its folders.")
 
     def _check_files(self) -> None:
@@ -172,6 +171,12 @@ class Bundle:
                 f"{self.path} holds what its manifest does not know: {', '.join(foreign)}.\n"
                 "Delete it, or build again: wantrt build removes what is not the bundle's."
             )
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path of a record stays in the bundle's own folders."""
+    parts = name.split("/")  # an absolute path begins with an empty one
+    return parts[0] in FOLDERS and not {"", ".", ".."} & set(parts) and "\\" not in name
 
 
 def list_files(root: Path) -> list[str]:
@@ -235,4 +240,4 @@ def _altered(path: Path, what: str) -> BundleError:
 
 
 def _build_again(path: Path) -> str:
-    return "Run the same wantrt build again; it rebuilds only what is damaged."
+    return "Run the same wantrt build with --check; it rebuilds only what is damaged."

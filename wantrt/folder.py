@@ -75,7 +75,7 @@ def remembered_sha256(path: Path, progress: Progress = silent) -> str:
 def _load_hashes(memory: Path) -> dict[str, str]:
     try:
         known = json.loads(memory.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 

@@ -96,7 +96,7 @@ def read_manifest(content: bytes, where: str) -> Manifest:
         schema = plain["schema"]
         if type(schema) is not int or schema < 1:
             raise ValueError(f"schema is {schema!r}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{where} is not a manifest of wantrt ({error}). Build again.") from error
     if schema > SCHEMA:
         raise BundleError(

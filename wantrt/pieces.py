@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from wantrt import __version__
-from wantrt.bundle import BUILD_LOG, FOLDERS, MANIFEST, describe_file, list_files
+from wantrt.bundle import BUILD_LOG, FOLDERS, MANIFEST, describe_file, is_inside, list_files
 from wantrt.config import Variant
 from wantrt.errors import BuildError
 from wantrt.folder import Progress, remembered_sha256, sha256_of, write_json
@@ -91,11 +91,16 @@ _version = cache(version)  # it reads files
 
 
 def read_log(root: Path) -> BuildLog | None:
-    """None if there is none that can be read."""
+    """None if there is none that can be read, or it speaks of files that are not a bundle's."""
     try:
-        return from_plain(BuildLog, json.loads((root / BUILD_LOG).read_bytes()))
-    except (OSError, ValueError):
+        log = from_plain(BuildLog, json.loads((root / BUILD_LOG).read_bytes()))
+    except (OSError, ValueError, RecursionError):
         return None
+    sound = all(
+        built.files.keys() == built.mtimes.keys() and all(map(is_inside, built.files))
+        for built in log.pieces.values()
+    )
+    return log if sound else None
 
 
 def variant_to_ask(variant: Variant, log: BuildLog | None) -> str | None:

@@ -14,6 +14,7 @@ from wantrt.jobs import parse_size
 if TYPE_CHECKING:
     from wantrt.build import Build
     from wantrt.bundle import Bundle
+    from wantrt.pieces import BuildLog
 
 Item = TypeVar("Item")
 INTERRUPTED = 130  # exit code
@@ -109,6 +110,7 @@ def build(
     asked["with_weights"] = not no_weights
 
     from wantrt.bundle import Bundle
+    from wantrt.pieces import read_log
     from wantrt.receipt import find_done, write_receipt
 
     receipt = write_receipt(asked)
@@ -122,15 +124,22 @@ def build(
     if dry_run:
         show_plan(console, plan)
         return None
-    missing = sorted(piece.name for piece in plan.missing())
+    before = read_log(plan.out)
     try:
         with console.progress() as progress:
             bundle = plan.run(check=check, progress=progress, receipt=receipt)
     except KeyboardInterrupt:
         console.say("wantrt: stopped; the same command goes on where it stopped")
         return INTERRUPTED
-    show_result(console, bundle, missing, len(plan.pieces))
+    show_result(console, bundle, newly_built(before, read_log(plan.out)), len(plan.pieces))
     return None
+
+
+def newly_built(before: "BuildLog | None", after: "BuildLog | None") -> list[str]:
+    """The pieces that a build has made."""
+    earlier = before.pieces if before else {}
+    made = after.pieces if after else {}
+    return sorted(name for name, built in made.items() if built != earlier.get(name))
 
 
 def show_result(console: Console, bundle: "Bundle", built: list[str], pieces: int) -> None:
