@@ -123,6 +123,7 @@ def _configure(flavour: Flavour, request: PlanRequest, builder: api.Builder) -> 
     if not request.tf32:
         config.clear_flag(flavour.module.BuilderFlag.TF32)
     config.max_aux_streams = 0  # one stream: a captured step must hold everything
+    flavour.forbid_allocation(config)
     flavour.set_targets(config, request.targets)
     if torch.cuda.is_available():  # else kernels are chosen without trying them
         free, _ = torch.cuda.mem_get_info()

@@ -175,6 +175,16 @@ class Flavour:
         has = hasattr(config, "create_runtime_cache")
         return cast(api.RTXRuntimeConfig, config) if has else None
 
+    def forbid_allocation(self, config: api.BuilderConfig) -> None:
+        """Let the plan compute in the memory that it is given, and in no other.
+
+        For large tensors TensorRT-RTX would else allocate while it runs: then the plan cannot be
+        captured, and what it needs is known to nobody beforehand.
+        """
+        flags = self.module.BuilderFlag
+        if hasattr(flags, "REQUIRE_USER_ALLOCATION"):
+            config.set_flag(cast(api.RTXBuilderFlag, flags).REQUIRE_USER_ALLOCATION)
+
     def compile_at_once(self, config: api.RuntimeConfig) -> None:
         """Have kernels for new shapes before a run with these shapes, where they are compiled then.
 

@@ -419,6 +419,8 @@ def test_the_flavours_differ_where_the_real_ones_do():
     for name in ("ComputeCapability", "EngineValidity", "IRuntimeCache"):
         assert hasattr(rtx, name)
         assert not hasattr(other, name)
+    assert hasattr(rtx.BuilderFlag, "REQUIRE_USER_ALLOCATION")
+    assert not hasattr(other.BuilderFlag, "REQUIRE_USER_ALLOCATION")
     assert not hasattr(other.Runtime(None), "get_engine_validity")
     assert not hasattr(other.Builder(None).create_builder_config(), "set_compute_capability")
 

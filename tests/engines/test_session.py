@@ -418,6 +418,21 @@ def test_a_stream_that_cannot_be_captured(components, plan_of, device, flavour, 
         session.run(inputs)  # runs on, uncaptured
 
 
+def test_a_plan_that_may_allocate_cannot_be_captured(
+    components, plan_of, device, flavour, monkeypatch
+):
+    """The builder forbids it: TensorRT-RTX would allocate in the run of a plan of large tensors."""
+    monkeypatch.setattr(Flavour, "forbid_allocation", lambda *_: None)
+    component = components["dit_time"]
+    plans, weights = [plan_of("dit_time")], make_weights(component)
+    (session,) = load(component, plans, weights, device, flavour)
+    inputs = on(device, make_inputs(component, SIZES))
+    with device.stream():
+        session.run(inputs)
+        with pytest.raises(ExecutionError, match="dit_time: the plan cannot be captured"):
+            device.capture(lambda: session.run(inputs))
+
+
 def test_sizes_that_no_plan_serves(components, plan_of, device, flavour):
     component = components["dit_stack"]
     plans, weights = [plan_of("dit_stack")], make_weights(component)

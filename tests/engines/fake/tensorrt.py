@@ -32,6 +32,7 @@ from wantrt.session import TensorSpec
 Enum = enum.Enum
 Severity = Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
 BuilderFlag = Enum("BuilderFlag", "TF32")
+RTXBuilderFlag = Enum("BuilderFlag", "TF32 REQUIRE_USER_ALLOCATION")
 DataType = Enum("DataType", "FLOAT HALF BF16 INT64")
 ExecutionContextAllocationStrategy = Enum(
     "ExecutionContextAllocationStrategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED"
@@ -72,7 +73,7 @@ def make_module(name: str, version: str = "") -> ModuleType:
         setattr(module, member.__name__, member)
     if rtx:
         module.ComputeCapability, module.EngineValidity = ComputeCapability, EngineValidity
-        module.IRuntimeCache = RuntimeCache
+        module.BuilderFlag, module.IRuntimeCache = RTXBuilderFlag, RuntimeCache
         strategies = DynamicShapesKernelSpecializationStrategy
         module.DynamicShapesKernelSpecializationStrategy = strategies
     module.Builder = lambda logger: Builder(logger, rtx)
@@ -182,6 +183,10 @@ class BuilderConfig:
 
     def __init__(self) -> None:
         self.profiles: list[OptimizationProfile] = []
+        self.flags: set[str] = set()
+
+    def set_flag(self, flag: Enum) -> None:
+        self.flags.add(flag.name)
 
     def clear_flag(self, flag: BuilderFlag) -> None: ...
 
@@ -232,7 +237,8 @@ class Builder:
                 return None
             monitor.phase_finish("build")
         ranges = config.profiles[0].shapes if config.profiles else {}
-        header = json.dumps({"ranges": ranges}).encode()
+        allocates = self._rtx and "REQUIRE_USER_ALLOCATION" not in config.flags
+        header = json.dumps({"ranges": ranges, "allocates": allocates}).encode()
         return HostMemory(MAGIC + header + b"\n" + network.model.SerializeToString())
 
 
@@ -310,6 +316,7 @@ class Engine:
         self.contexts = 0
         self.model = onnx.load_model_from_string(model)
         self.ranges = json.loads(header)["ranges"]
+        self.allocates = json.loads(header)["allocates"]
         self.name = self.model.graph.name
         self.declared = {
             mode: {value.name: value.type.tensor_type for value in values}
@@ -533,7 +540,7 @@ class Context:
 
 class RTXContext(Context):
     def is_stream_capturable(self, stream: int) -> bool:
-        return "is_stream_capturable" not in Runtime.refuses
+        return "is_stream_capturable" not in Runtime.refuses and not self._engine.allocates
 
 
 def _at(address: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
