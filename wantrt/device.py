@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -192,6 +193,7 @@ class CUDADevice:
         self._copies = torch.cuda.Stream(self.torch_device)
         self.stream_handle = self._stream.cuda_stream
         self.scratch = Arena(self._allocate_scratch)
+        self._last_graph: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.torch_device)
@@ -212,16 +214,23 @@ class CUDADevice:
         self._stream.synchronize()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
+        graph, last = torch.cuda.CUDAGraph(), self._last_graph()
         self._stream.synchronize()
         self.capturing = True
         try:
-            # other threads may do what they like meanwhile: they write the last video's file
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph,
+                # replays come one after another and leave nothing behind: one memory for all
+                pool=None if last is None else last.pool(),
+                stream=self._stream,
+                # other threads may do what they like meanwhile: they write the last video's file
+                capture_error_mode="thread_local",
+            ):
                 work()
         finally:
             self.capturing = False
         self.scratch.freeze()
+        self._last_graph = ref(graph)
         return graph.replay
 
     def release(self) -> None:

@@ -43,6 +43,28 @@ def test_a_replay_gives_the_same_bits(device):
     assert not device.capturing
 
 
+def test_captured_works_share_the_memory_they_compute_in(device):
+    x, result = make_matrices(device)
+
+    def work() -> None:
+        result.copy_(x @ x)  # a product of its own, then a copy
+
+    with device.stream():
+        work()
+        expected = result.clone()
+        first = device.capture(work)
+        reserved = torch.cuda.memory_reserved()
+        second = device.capture(work)
+        assert torch.cuda.memory_reserved() - reserved < x.nbytes
+        for replay in (first, second, first):
+            result.zero_()
+            replay()
+            assert torch.equal(result, expected)
+        del replay, first, second  # with the last graph its memory goes; the next one gets its own
+        device.capture(work)()
+        assert torch.equal(result, expected)
+
+
 def test_a_refused_capture_leaves_the_device_as_it_was(device):
     x, result = make_matrices(device)
 

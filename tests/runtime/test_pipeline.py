@@ -113,6 +113,16 @@ def test_a_callback_cancels_and_the_pipeline_lives_on(pipe):
     assert pipe(PROMPT, **settings).frames.shape == (5, 64, 64, 3)
 
 
+def test_full_memory_is_an_error_that_says_what_to_do(pipe):
+    def fill(progress):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the manual")
+
+    settings = {"size": (64, 64), "num_frames": 5, "num_inference_steps": 1, "seed": 0}
+    with pytest.raises(ExecutionError, match=r"allocate 9 GiB\. Take --residency phase"):
+        pipe(PROMPT, callback=fill, **settings)
+    assert pipe(PROMPT, **settings).frames.shape == (5, 64, 64, 3)
+
+
 def test_one_generation_at_a_time(pipe):
     settings = {"size": (64, 64), "num_frames": 5, "num_inference_steps": 1, "seed": 0}
     stream = pipe.stream(PROMPT, **settings)

@@ -160,8 +160,11 @@ class Pipeline:
         if residency == "resident":
             alone = [weights_alone(phase) for phase in pipe._phases(variant.size, 1)]
             check_memory(alone, residency, device, what=f"the weights of {loaded.path}")
-            for resident in parts.values():
-                resident.load()
+            try:
+                for resident in parts.values():
+                    resident.load()
+            except torch.OutOfMemoryError as error:
+                raise _memory_is_full(error) from None
         return pipe
 
     @property
@@ -321,6 +324,8 @@ class Pipeline:
                 report("decode", done, total)
                 yield frames
                 clock.restart()
+        except torch.OutOfMemoryError as error:
+            raise _memory_is_full(error) from None
         finally:
             for running in (steps, chunks):
                 if running is not None:
@@ -414,6 +419,15 @@ class Pipeline:
                 self.transformers, steps, settings.guidance_scales, strict=True
             )
         ]
+
+
+def _memory_is_full(error: torch.OutOfMemoryError) -> ExecutionError:
+    """Although it was predicted to suffice: others took some of it, or the prediction is wrong."""
+    said, *_ = str(error).split("\n")
+    return ExecutionError(
+        f"the GPU's memory is full. {said} Take --residency phase or stream, "
+        "which need less, a smaller --size or fewer --frames, or end what else runs on the GPU."
+    )
 
 
 def _prepare_sessions(sessions: Sequence[Session], symbols: Mapping[str, int]) -> None:
