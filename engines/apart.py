@@ -1,27 +1,27 @@
 """Compile a plan in a process of its own, in memory that nothing has touched.
 
 TensorRT-RTX orders some of a plan's tables by where things lie in memory, so its bytes depend on
-what the process did before. Every plan is therefore compiled in a child, by a thread whose heap is
-new: then they are the same whatever happened on the parent's heap (tests/engines/test_apart.py).
-One plan of the VAE's (vae_encoder_first) has still been seen to differ between a whole build and
-one that made it alone. A child also stops at once when it is told to, and leaves no memory behind.
-CUDA does not survive a fork: where there is a GPU, plans are compiled in place.
+what the process did before: on its heap, and on where its address space has holes. So plans are
+compiled by a process that is started for that alone and has no past (engines/compiler.py). Then
+they are the same whatever happened before (tests/engines/test_apart.py). It also stops at once when
+it is told to, and leaves no memory behind.
+Where there is a GPU, plans are compiled in place: CUDA does not survive the compiler's fork.
 """
 
-import ctypes
 import logging
 import os
-import signal
+import pickle
+import subprocess
+import sys
 import threading
-import warnings
-from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import torch
 
+import wantrt
 from wantrt.engines.builder import build_plan
 from wantrt.engines.flavours import Flavour
 from wantrt.engines.requests import PlanRequest
@@ -32,106 +32,88 @@ from wantrt.linked import refuse_other_names
 
 refuse_other_names(__spec__)
 
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of mallopt(3)
-LARGE_BYTES = 2**17  # a block of this size gets its own mapping: glibc's default, here for good
-MANY_ARENAS = 64
-USED_ARENAS = 8  # more than other threads of the parent may have left behind
+
+_one_at_a_time = threading.Lock()
+_compilers: dict[tuple[int, str], "_Compiler"] = {}  # by process, which may fork, and flavour
 
 
 def build_apart(
     flavour: Flavour, request: PlanRequest, path: Path, progress: Progress = silent
 ) -> None:
     """Compile a plan into a file. Ctrl-C stops it at once. Raises what `build_plan` raises."""
-    if torch.cuda.is_available():
+    if builds_in_place():
         with stoppable() as stopped:
             path.write_bytes(memoryview(build_plan(flavour, request, progress, stopped)))
         return
-    receiver, sender = Pipe(duplex=False)
-    parent = os.getpid()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the child takes no lock of ours
-        child = os.fork()
-    if child == 0:
-        _compile(flavour, request, path, sender, parent)
-    try:
-        sender.close()
-        _listen(receiver, progress)
-    except EOFError:
-        raise BuildError(
-            f"the process that compiled {request.component.name} ended without a word: the system "
-            "may have killed it for its memory. Close other programs, or take a smaller --stack."
-        ) from None
-    finally:
-        os.kill(child, signal.SIGKILL)  # it has ended, or is not wanted any more
-        os.waitpid(child, 0)
-        receiver.close()
+    with _one_at_a_time:
+        compiler = start_compiler(flavour)
+        try:
+            compiler.compile(request, path, progress)
+        except BaseException:
+            compiler.stop()
+            raise
 
 
-def _listen(receiver: Connection, progress: Progress) -> None:
-    """Until the child is done; raises EOFError if it ended before."""
-    while True:
-        kind, content = receiver.recv()
-        if kind == "done":
-            return
+def builds_in_place() -> bool:
+    return torch.cuda.is_available()
+
+
+def start_compiler(flavour: Flavour) -> "_Compiler":
+    """This process's compiler. It takes seconds to be ready, in which there is other work to do."""
+    key = (os.getpid(), flavour.name)
+    compiler = _compilers.get(key)
+    if compiler is None or not compiler.is_running():
+        compiler = _compilers[key] = _Compiler(flavour.name)
+    return compiler
+
+
+class _Compiler:
+    """The other process, seen from here. It ends with this one, and when it is stopped."""
+
+    def __init__(self, flavour: str) -> None:
+        self._socket, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "wantrt.engines.compiler", flavour, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                cwd=Path(wantrt.__file__).parents[1],  # there it finds the same wantrt
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                process_group=0,  # a terminal's Ctrl-C is for us
+            )
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def compile(self, request: PlanRequest, path: Path, progress: Progress) -> None:
+        result: tuple[str, Any] = ("ended", None)
+        try:
+            request = replace(request, graph=request.graph.absolute())
+            self._socket.send_bytes(pickle.dumps((request, path.absolute())))
+            while True:
+                kind, content = self._socket.recv()
+                if kind == "ended":
+                    break
+                if kind == "progress":
+                    progress(*content)
+                elif kind == "log":
+                    name, level, message = content
+                    logging.getLogger(name).log(level, "%s", message)
+                else:
+                    result = (kind, content)
+        except (EOFError, ConnectionError):
+            pass  # without a result
+        kind, content = result
         if kind == "error":
             raise content
-        if kind == "progress":
-            progress(*content)
-        else:
-            name, level, message = content
-            logging.getLogger(name).log(level, "%s", message)
+        if kind == "ended":
+            raise BuildError(
+                f"the process that compiled {request.component.name} ended without a word: the "
+                "system may have killed it for its memory. Close other programs, or take a smaller "
+                "--stack."
+            )
 
-
-def _compile(
-    flavour: Flavour, request: PlanRequest, path: Path, sender: Connection, parent: int
-) -> NoReturn:
-    """The child. Says everything through the pipe; the parent's handlers and bars are not its."""
-
-    def work() -> None:
-        try:
-            plan = build_plan(flavour, request, lambda *report: sender.send(("progress", report)))
-            path.write_bytes(memoryview(plan))
-            sender.send(("done", None))
-        except BaseException as error:
-            sender.send(("error", error))
-
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent decides
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() == parent:  # else it died before it could be told
-            root = logging.getLogger("wantrt")
-            root.handlers, root.propagate = [_ToParent(sender)], False
-            _run_in_new_heap(work)
-    finally:
-        os._exit(0)
-
-
-def _run_in_new_heap(work: Callable[[], None]) -> None:
-    """Run in a thread to which glibc gives an arena of its own that nobody has used."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_ARENA_MAX, MANY_ARENAS)
-    libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)  # else it moves with what was freed before
-    waiting = threading.Event()
-
-    def hold_arena(held: threading.Event) -> None:
-        libc.malloc(1)  # the first call of a thread takes an arena: a used one, while there are any
-        held.set()
-        waiting.wait()
-
-    for _ in range(USED_ARENAS):
-        held = threading.Event()
-        threading.Thread(target=hold_arena, args=(held,), daemon=True).start()
-        held.wait()
-    worker = threading.Thread(target=work)
-    worker.start()
-    worker.join()
-
-
-class _ToParent(logging.Handler):
-    def __init__(self, sender: Connection) -> None:
-        super().__init__()
-        self._sender = sender
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._sender.send(("log", (record.name, record.levelno, record.getMessage())))
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._socket.close()

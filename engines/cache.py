@@ -30,7 +30,7 @@ from wantrt.linked import refuse_other_names
 
 refuse_other_names(__spec__)
 
-CODE = ("network.py", "builder.py")  # what of ours decides the bytes of a plan
+CODE = ("network.py", "builder.py", "compiler.py")  # what of ours decides the bytes of a plan
 ABANDONED_S = 24 * 3600  # an unfinished file of this age belongs to a process that was killed
 
 

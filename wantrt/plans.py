@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from wantrt.checkpoints import Checkpoint
-from wantrt.checkpoints.tensors import SafetensorsFiles, StoredTensors
+from wantrt.checkpoints.tensors import Renamed, SafetensorsFiles, StoredTensors
 from wantrt.config import Size, Variant
 from wantrt.engines.cache import hash_code, obtain
 from wantrt.engines.flavours import Flavour, check_precision, find_flavour
@@ -132,11 +132,11 @@ class PreparedWeights:
 
     def read(
         self, root: Path, part: str, names: Mapping[str, str], progress: Progress
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """names: parameter -> prepared tensor, an instance of a component."""
         if part not in self._open:
             self._open[part] = SafetensorsFiles(self._files(root, part, progress))
-        return {name: self._open[part].read(prepared) for name, prepared in names.items()}
+        return Renamed(self._open[part], names)
 
     def _files(self, root: Path, part: str, progress: Progress) -> list[Path]:
         if self._with_weights:
@@ -250,7 +250,7 @@ class Plan:
 
     def make(self, root: Path, progress: Progress) -> list[Path]:
         """Take the plan from the cache, where it is compiled if need be, into the bundle."""
-        baked = {}
+        baked: Mapping[str, Tensor] = {}
         if self.part is not None and self.instance is not None:
             names = self.component.instances[self.instance]
             baked = self.weights.read(root, self.part, names, progress)

@@ -9,7 +9,8 @@ import json
 import mmap
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -53,9 +54,10 @@ class StoredTensors(Protocol):
 
 
 class SafetensorsFiles:
-    """One safetensors file, or the shards of one model."""
+    """One safetensors file, or the shards of one model. A pickle of it holds their names alone."""
 
     def __init__(self, paths: list[Path]) -> None:
+        self._paths = [path.absolute() for path in paths]
         self._places: dict[str, tuple[Path, int]] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self.specs: dict[str, Stored] = {}
@@ -84,6 +86,26 @@ class SafetensorsFiles:
         if offset % stored.dtype.itemsize:
             flat = flat.clone()  # a view needs an aligned start
         return flat.view(stored.dtype).view(stored.shape)
+
+    def __reduce__(self) -> tuple[type, tuple[list[Path]]]:
+        return SafetensorsFiles, (self._paths,)
+
+
+@dataclass(frozen=True)
+class Renamed(Mapping[str, Tensor]):
+    """Stored tensors under other names: `names` says what each is called in `files`."""
+
+    files: StoredTensors
+    names: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files.read(self.names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def read_header(path: Path) -> dict[str, tuple[Stored, int]]:

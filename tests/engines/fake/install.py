@@ -6,6 +6,7 @@ import pytest
 
 from tests.engines.fake.device import FakeDevice
 from tests.engines.fake.tensorrt import Runtime, make_module
+from wantrt.engines import apart
 from wantrt.engines.flavours import Flavour, find_flavour
 
 
@@ -13,6 +14,7 @@ def install_tensorrt_rtx(monkeypatch: pytest.MonkeyPatch) -> Flavour:
     """TensorRT-RTX is the fake, as long as `monkeypatch` lasts."""
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", make_module("tensorrt_rtx"))
     monkeypatch.setattr(Runtime, "refuses", set())
+    monkeypatch.setattr(apart, "builds_in_place", lambda: True)  # a fake does not go elsewhere
     find_flavour.cache_clear()
     return find_flavour("tensorrt-rtx")
 

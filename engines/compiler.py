@@ -1,0 +1,93 @@
+"""The process that compiles plans for another: `python -m wantrt.engines.compiler FLAVOUR FD`.
+
+It imports TensorRT, then makes a child for every request that comes through the socket FD, so that
+each plan is compiled in the same memory, whatever was compiled before (engines/apart.py). What the
+child has to say goes straight into the socket; when it has ended this process says so. It ends when
+the other end of the socket is closed, as it is however the parent ends, and takes its child along.
+"""
+
+import ctypes
+import logging
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NoReturn
+
+from wantrt.engines.builder import build_plan
+from wantrt.engines.flavours import Flavour, find_flavour
+from wantrt.engines.requests import PlanRequest
+from wantrt.linked import refuse_other_names
+
+refuse_other_names(__spec__)
+
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def serve(flavour: Flavour, socket: Connection) -> None:
+    """Until nobody is at the other end."""
+    server = os.getpid()
+    while True:
+        try:
+            message = socket.recv_bytes()
+        except EOFError:
+            return
+        child = os.fork()
+        if child == 0:
+            _compile(flavour, message, socket, server)
+        with open(os.pidfd_open(child)) as ended:
+            ready, _, _ = select.select([socket, ended], [], [])
+        if socket in ready:  # nothing is sent meanwhile: the other end has closed
+            os.kill(child, signal.SIGKILL)
+            return
+        os.waitpid(child, 0)
+        socket.send(("ended", None))
+
+
+def _compile(flavour: Flavour, message: bytes, socket: Connection, server: int) -> NoReturn:
+    """The child. The thread gives it a heap of its own: that of the main thread has a past."""
+
+    def work(request: PlanRequest, path: Path) -> None:
+        try:
+            plan = build_plan(flavour, request, lambda *report: socket.send(("progress", report)))
+            path.write_bytes(memoryview(plan))
+            socket.send(("done", None))
+        except BaseException as error:
+            socket.send(("error", error))
+
+    try:
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() == server:  # else it died before it could be told
+            logging.getLogger("wantrt").addHandler(_ToParent(socket))
+            request, path = pickle.loads(message)
+            request = replace(request, baked=dict(request.baked))  # files are mapped here
+            worker = threading.Thread(target=work, args=(request, path))
+            worker.start()
+            worker.join()
+    finally:
+        os._exit(0)
+
+
+class _ToParent(logging.Handler):
+    def __init__(self, socket: Connection) -> None:
+        super().__init__()
+        self._socket = socket
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._socket.send(("log", (record.name, record.levelno, record.getMessage())))
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent decides
+    logging.getLogger("wantrt").setLevel(logging.DEBUG)  # and it decides what is shown
+    name, descriptor = sys.argv[1:]
+    serve(find_flavour(name), Connection(int(descriptor)))
+
+
+if __name__ == "__main__":
+    main()
