@@ -107,7 +107,7 @@ class LoadedPlan:
         self._dynamic = [n for n in self._inputs if -1 in tuple(engine.get_tensor_shape(n))]
         self._scratch_bytes = engine.device_memory_size_v2
         source.device.scratch.reserve(self._scratch_bytes)
-        self._contexts = [_Context(source, loaded)]
+        self._contexts = [Context(source, loaded)]
 
     def enqueue(self, inputs: Mapping[str, Region], outputs: Mapping[str, Region]) -> None:
         """Run once on the device's stream. Both maps may hold more than the plan takes.
@@ -129,18 +129,18 @@ class LoadedPlan:
         context.set_scratch(arena.block())
         context.enqueue()
 
-    def _context_for(self, shapes: Shapes) -> "_Context":
+    def _context_for(self, shapes: Shapes) -> "Context":
         for context in self._contexts:
             if context.captured in (None, shapes):
                 break
         else:
-            context = _Context(self.source, self._loaded)
+            context = Context(self.source, self._loaded)
             self._contexts.append(context)
         context.shapes = shapes
         return context
 
 
-class _Context:
+class Context:
     """An execution context. Sets what changed since the last run: addresses mostly."""
 
     def __init__(self, source: PlanSource, loaded: LoadedEngine) -> None:

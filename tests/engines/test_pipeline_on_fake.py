@@ -20,7 +20,7 @@ from wantrt.build import plan_build
 from wantrt.device import Arena
 from wantrt.engines import requests
 from wantrt.engines.flavours import find_flavour
-from wantrt.engines.loaded_plan import LoadedPlan
+from wantrt.engines.loaded_plan import Context
 from wantrt.errors import SettingsError
 from wantrt.nano.judge import judge
 from wantrt.runtime import denoiser, loading, sizes
@@ -206,9 +206,9 @@ def test_a_size_that_no_plan_serves(bundles, device):
     [
         ("stream", (FakeEvent, "wait"), "the side stream may still be at it"),
         ("phase", (Arena, "reserve"), "scratch memory is too small"),
-        ("phase", (LoadedPlan, "_set_shape"), "the shape of .* was not set"),
-        ("phase", (LoadedPlan, "_set_address"), "the address of .* was not set"),
-        ("phase", (LoadedPlan, "_set_scratch"), "scratch memory was not set"),
+        ("phase", (Context, "set_shape"), "the shape of .* was not set"),
+        ("phase", (Context, "set_address"), "the address of .* was not set"),
+        ("phase", (Context, "set_scratch"), "scratch memory was not set"),
     ],
 )
 def test_a_product_that_breaks_a_rule_is_caught(bundles, monkeypatch, residency, sabotaged, rule):
@@ -218,8 +218,8 @@ def test_a_product_that_breaks_a_rule_is_caught(bundles, monkeypatch, residency,
         generate(bundles(), residency)
 
 
-def test_a_capture_without_an_ordinary_run_is_caught(bundles, monkeypatch):
-    """Where the loop catches the error and goes on, the account is kept all the same."""
+def test_a_capture_without_an_ordinary_run_is_refused(bundles, device, monkeypatch, caplog):
+    """Before TensorRT sees it: the account of the device stays clean."""
 
     def capture_at_once(self):
         self._ran = True
@@ -227,5 +227,5 @@ def test_a_capture_without_an_ordinary_run_is_caught(bundles, monkeypatch):
 
     call = Repeated.__call__
     monkeypatch.setattr(Repeated, "__call__", capture_at_once)
-    with pytest.raises(AssertionError, match="captured before an ordinary run"), fake_gpu():
-        generate(bundles())
+    generate(bundles())
+    assert "has not run at these shapes yet" in caplog.text
