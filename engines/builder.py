@@ -5,6 +5,7 @@ builds; 10 blocks of 14B take a few seconds and half a GiB, because bound weight
 baked ones are read where they lie.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def timing_cache_path(flavour: Flavour) -> Path | None:
     """Where times of kernels are kept, for one version and one GPU; None if none are taken."""
     if not flavour.has_timing_cache or not torch.cuda.is_available():
         return None
-    gpu = torch.cuda.get_device_name().replace(" ", "-")
+    gpu = re.sub(
+        r"[^A-Za-z0-9.]+", "-", torch.cuda.get_device_name()
+    )  # there is an "RTX 6000/8000"
     return cache_folder() / "timing" / f"{flavour.name}-{flavour.version}-{gpu}.cache"
 
 
@@ -130,7 +133,12 @@ def _configure(flavour: Flavour, request: PlanRequest, builder: api.Builder) -> 
         config.set_memory_pool_limit(flavour.module.MemoryPoolType.WORKSPACE, free)
     ranges = {symbol for symbol, (low, _, high) in request.symbols.items() if low != high}
     if ranges:
-        config.add_optimization_profile(_make_profile(request, builder))
+        profile = _make_profile(request, builder)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(
+                f"{flavour.name} refuses the sizes of {_describe(request)}:\n"
+                f"{flavour.last_errors()}"
+            )
     return config
 
 
@@ -151,9 +159,11 @@ def _start_timing_cache(config: api.BuilderConfig, path: Path | None) -> api.Tim
     if path is None:
         return None
     known = path.read_bytes() if path.is_file() else b""
-    cache = config.create_timing_cache(known)
-    config.set_timing_cache(cache, False)  # entries of another GPU or version are left out
-    return cache
+    for content in (known, b""):  # what is damaged, or of another GPU or driver, is started anew
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    return None
 
 
 def _describe(request: PlanRequest) -> str:

@@ -17,7 +17,12 @@ from typing import Protocol, cast
 import torch
 
 from wantrt.engines import api
-from wantrt.errors import RuntimeUnavailableError, SettingsError, UnsupportedTaskError
+from wantrt.errors import (
+    BuildError,
+    RuntimeUnavailableError,
+    SettingsError,
+    UnsupportedTaskError,
+)
 from wantrt.linked import refuse_other_names
 from wantrt.names import check_name
 
@@ -258,14 +263,18 @@ class Flavour:
         return wanted
 
     def set_targets(self, config: api.BuilderConfig, targets: Sequence[str]) -> None:
-        """targets: of `choose_targets`."""
+        """targets: of `choose_targets`. Raises BuildError."""
         rtx_config = self.rtx_config(config)
         if self._rtx is None or rtx_config is None:
             return
         rtx_config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             capability = self._rtx.ComputeCapability.__members__[target.upper()]
-            rtx_config.set_compute_capability(capability, index)
+            if not rtx_config.set_compute_capability(capability, index):
+                raise BuildError(
+                    f"{self.name} {self.version} refuses to compile for {target}: "
+                    f"{self.last_errors()}"
+                )
 
     # -- Errors --
 

@@ -308,6 +308,19 @@ def test_a_timing_cache_is_written_and_read_again(flavour, tmp_path, monkeypatch
         assert path.is_file()
 
 
+def test_a_timing_cache_of_another_driver_is_started_anew(tmp_path):
+    class Config:
+        def create_timing_cache(self, content):
+            return {"damaged": None}.get(content.decode(), content)
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            return cache == b""
+
+    for content in ("damaged", "of another driver"):
+        (path := tmp_path / "gpu.cache").write_text(content)
+        assert builder._start_timing_cache(Config(), path) == b""
+
+
 def test_a_plan_is_deserialised_where_it_lies(flavour, tmp_path):
     """Not from a copy: a baked stack of 14B has 8 GB. Without a driver TensorRT gives None."""
     plan = build_plan(flavour, make_request(dit_stack(), tmp_path, STATIC))

@@ -9,7 +9,12 @@ import torch
 
 import wantrt.engines.flavours as flavours
 from wantrt.engines.flavours import Flavour, check_precision, find_flavour, why_missing
-from wantrt.errors import RuntimeUnavailableError, SettingsError, UnsupportedTaskError
+from wantrt.errors import (
+    BuildError,
+    RuntimeUnavailableError,
+    SettingsError,
+    UnsupportedTaskError,
+)
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -30,6 +35,15 @@ def test_rtx_compiles_for_others_and_caches_where_it_runs(rtx):
 
 def test_targets_are_taken_as_people_write_them(rtx):
     assert rtx.choose_targets(["SM89", "sm120", "sm89"]) == ("sm89", "sm120")
+
+
+def test_a_target_that_the_library_refuses_is_no_plan_for_another(rtx):
+    class Config:
+        def set_compute_capability(self, capability, index):
+            return capability.name != "SM120"
+
+    with pytest.raises(BuildError, match="refuses to compile for sm120"):
+        rtx.set_targets(Config(), ("sm89", "sm120"))
 
 
 @NO_GPU

@@ -166,6 +166,26 @@ def test_captured_work_serves_the_next_generation(bundles, device):
         assert np.array_equal(fresh("a blue square moves down", **other).frames, frames)
 
 
+def test_a_dynamic_plan_serves_captured_sizes_in_turn(patches, tmp_path, device):
+    """What was captured at one size is replayed after the plan has run at another."""
+    plan = plan_build(
+        variant="nano",
+        out=tmp_path / "dynamic",
+        runtime=RUNTIME,
+        targets=["sm89"],
+        sizes=[(64, 64), (32, 32)],
+        frames=[13, 9],
+        dynamic=True,
+    )
+    with Pipeline.load(plan.run().path, runtime=RUNTIME) as pipe:
+        videos = [
+            pipe("a green triangle rotates", size=size, **SHORT).frames
+            for size in ((64, 64), (32, 32), (64, 64), (32, 32))
+        ]
+    assert all(map(np.array_equal, videos[:2], videos[2:]))
+    assert device.replays > 4 * (STEPS - 1)
+
+
 def test_without_guidance(bundles, device):
     with Pipeline.load(bundles(), runtime=RUNTIME) as pipe:
         first, second = (
