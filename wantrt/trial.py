@@ -89,6 +89,7 @@ class Trial:
             )
         finally:
             discard(baked)  # generated weights are of no use to anybody
+            device.release()  # torch keeps what TensorRT needs to compile the rest
         log.info(
             "a stack with its weights bound: %.2f ms, baked: %.2f ms; taking %s",
             measured.bound_s * 1e3,
