@@ -46,7 +46,7 @@ def build_apart(
             path.write_bytes(memoryview(build_plan(flavour, request, progress, stopped)))
         return
     with _one_at_a_time:
-        compiler = start_compiler(flavour)
+        compiler = _find_compiler(flavour)
         try:
             compiler.compile(request, path, progress)
         except BaseException:
@@ -58,8 +58,8 @@ def builds_in_place() -> bool:
     return torch.cuda.is_available()
 
 
-def start_compiler(flavour: Flavour) -> "_Compiler":
-    """This process's compiler. It takes seconds to be ready, in which there is other work to do."""
+def _find_compiler(flavour: Flavour) -> "_Compiler":
+    """This process's compiler, which is ready some seconds after its start."""
     key = (os.getpid(), flavour.name)
     compiler = _compilers.get(key)
     if compiler is None or not compiler.is_running():

@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -69,6 +70,8 @@ def _compile(flavour: Flavour, message: bytes, socket: Connection, server: int) 
             worker = threading.Thread(target=work, args=(request, path))
             worker.start()
             worker.join()
+    except BaseException as error:
+        socket.send(("error", error))
     finally:
         os._exit(0)
 
@@ -79,7 +82,8 @@ class _ToParent(logging.Handler):
         self._socket = socket
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._socket.send(("log", (record.name, record.levelno, record.getMessage())))
+        with suppress(OSError):  # nobody listens any more, and the end is near
+            self._socket.send(("log", (record.name, record.levelno, record.getMessage())))
 
 
 def main() -> None:
