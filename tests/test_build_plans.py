@@ -1,5 +1,6 @@
 """Plans in a bundle: which there are, that none is compiled twice, that damage is mended."""
 
+import json
 import os
 import random
 import shutil
@@ -111,6 +112,30 @@ def test_every_component_has_its_plans(built: Path) -> None:
             assert plan.targets == ("sm89",)
             baked = component.name.startswith("vae_")
             assert (plan.part, plan.instance) == (("vae", 0) if baked else (None, None))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runtime": "torch"},
+        {"file": "graphs/dit_patch.onnx"},
+        {"targets": []},
+        {"symbols": {}},
+        {"symbols": {"B": [1, 1, 1], "F": [1, 1, 1], "h": [2, 2, 2], "w": [3, 2, 1]}},
+        {"symbols": {"B": [0, 0, 0], "F": [1, 1, 1], "h": [2, 2, 2], "w": [2, 2, 2]}},
+        {"part": "nobody", "instance": 0},
+        {"part": "transformer", "instance": None},
+    ],
+)
+def test_a_plan_that_its_component_cannot_have_is_refused(
+    folder: Path, change: dict[str, object]
+) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (record,) = (c for c in manifest["components"] if c["name"] == "dit_patch")
+    record["plans"][0] |= change
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="dit_patch cannot have the plan"):
+        Bundle.load(folder)
 
 
 def test_a_second_build_compiles_nothing_and_touches_nothing(

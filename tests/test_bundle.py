@@ -167,6 +167,8 @@ def test_manifest_without_a_needed_field_is_refused(folder: Path) -> None:
         (("variant", "boundary_ratio"), 0.9),
         (("variant", "experts", 0, "dit", "num_heads"), 0),
         (("variant", "experts", 0, "dit", "num_heads"), 7),
+        (("variant", "experts", 0, "dit", "num_layers"), 10**9),
+        (("variant", "experts", 0, "dit", "dim"), 2 * 10**9),
         (("variant", "text_encoder", "num_heads"), 5),
         (("variant", "vae", "latents_std"), [1.0]),
         (("settings",), {"scheduler_config": 5}),

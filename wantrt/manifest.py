@@ -4,6 +4,7 @@ Nothing in it depends on when, where or by whom it was built: the same build giv
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ from wantrt.records import from_plain, to_plain
 
 SCHEMA = 1
 PRECISIONS = ("fp32", "bf16", "fp16")
+FLAVOURS = ("tensorrt", "tensorrt-rtx")
+LARGEST_DIM, LARGEST = 2**20, {"num_layers": 1000}  # above, a number is a mistake or an attack
+SYMBOL = re.compile(r"[A-Za-z]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,7 @@ def _check_meaning(manifest: Manifest) -> None:
         raise ValueError(f"unknown precision {', '.join(sorted(unknown))}")
     for config in (*(expert.dit for expert in variant.experts), variant.vae, variant.text_encoder):
         for name, value in vars(config).items():
-            if type(value) is int and value < 1:
+            if type(value) is int and not 0 < value <= LARGEST.get(name, LARGEST_DIM):
                 raise ValueError(f"{name} is {value}")
     for dit in (expert.dit for expert in variant.experts):
         if dit.dim % dit.num_heads or dit.head_dim % 2 or len(dit.patch_size) != 3:
@@ -139,6 +143,26 @@ def _check_meaning(manifest: Manifest) -> None:
         type(scheduler.get(key)) in (int, float, type(None)) for key in ("flow_shift", "shift")
     ):
         raise ValueError("scheduler_config is no object with numbers for its shift")
+    for component in manifest.components:
+        for plan in component.plans:
+            _check_plan(component, plan)
+
+
+def _check_plan(component: ComponentRecord, plan: PlanRecord) -> None:
+    """Raises ValueError for a plan that its component cannot have."""
+    records = (*component.inputs.values(), *component.outputs.values())
+    sizes = (size for record in records for size in record.shape if isinstance(size, str))
+    symbols = {symbol for size in sizes for symbol in SYMBOL.findall(size)}
+    of_one = plan.part in component.parts and plan.instance is not None and plan.instance >= 0
+    if (
+        plan.runtime not in FLAVOURS
+        or not plan.file.startswith("plans/")
+        or not plan.targets
+        or plan.symbols.keys() != symbols
+        or not all(0 < low <= typical <= high for low, typical, high in plan.symbols.values())
+        or not (of_one or plan.part is plan.instance is None)
+    ):
+        raise ValueError(f"{component.name} cannot have the plan {plan.file} as it is described")
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
