@@ -118,7 +118,8 @@ class Bundle:
         files = self.manifest.parts[part].weights
         if not files:
             raise BundleError(
-                f"{self.path} has no weights of {part}: it was built with --no-weights."
+                f"{self.path} has no weights of {part}: it was built with --no-weights. "
+                "Run the same wantrt build without that option; it adds them."
             )
         from safetensors import SafetensorError
         from safetensors.torch import load_file
