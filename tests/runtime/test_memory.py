@@ -14,6 +14,7 @@ from wantrt.bundle import Bundle
 from wantrt.config import VARIANTS
 from wantrt.device import CPUDevice
 from wantrt.errors import SettingsError
+from wantrt.runtime import memory
 from wantrt.runtime.loading import RUNTIMES
 from wantrt.runtime.memory import check_memory, phases, predict
 
@@ -112,3 +113,11 @@ def test_weights_of_a_cpu_stay_in_their_files() -> None:
     on_cpu = Card(20e9)
     on_cpu.torch_device = torch.device("cpu")
     check_memory(of_14b(), "resident", on_cpu)
+
+
+def test_streamed_weights_must_fit_into_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 64 * 2**30)
+    check_memory(of_14b(), "stream", Card(45e9))
+    monkeypatch.setattr(memory, "available_memory", lambda: 20 * 2**30)
+    with pytest.raises(SettingsError, match=r"weights of transformer in host memory: 26\.\d GiB"):
+        check_memory(of_14b(), "stream", Card(45e9))

@@ -13,6 +13,7 @@ from wantrt.config import Size, Variant
 from wantrt.device import Device
 from wantrt.errors import SettingsError
 from wantrt.models.components import Component, part_components
+from wantrt.pieces import available_memory
 from wantrt.runtime.parts import STREAMED
 from wantrt.runtime.residency import POLICIES
 from wantrt.runtime.sizes import dit_symbols, vae_symbols
@@ -136,6 +137,8 @@ def check_memory(
 
     free = device.free_bytes() + loaded_bytes
     if need(residency) <= free:
+        if residency == "stream":
+            _check_host(of_phases)
         return
     memory = predict(of_phases, residency)
     fitting = [policy for policy in POLICIES if need(policy) <= free]
@@ -151,6 +154,18 @@ def check_memory(
         f"{memory.scratch_bytes / GIB:.1f}, caches {memory.caches_bytes / GIB:.1f}, buffers "
         f"{memory.buffers_bytes / GIB:.1f}), and {free / GIB:.1f} GiB are free. {remedy}"
     )
+
+
+def _check_host(of_phases: Sequence[PhaseMemory]) -> None:
+    """Streamed weights wait in pinned memory, those of one phase at a time."""
+    largest = max(of_phases, key=lambda phase: phase.weights_bytes)
+    available = available_memory()
+    if largest.weights_bytes > available:
+        raise SettingsError(
+            f"--residency stream keeps the weights of {largest.part} in host memory: "
+            f"{largest.weights_bytes / GIB:.1f} GiB, and {available / GIB:.1f} GiB are available. "
+            "Close other programs, or take --residency phase."
+        )
 
 
 # -- The formulas ---------------------------------------------------------------------------------
