@@ -13,6 +13,7 @@ from tests.small import SMALL_SETTINGS, copy_bundle, small_bundle, small_checkpo
 from tests.test_build import flip_byte
 from wantrt import __version__
 from wantrt.cli import main
+from wantrt.cli.console import gib
 from wantrt.config import VARIANTS
 from wantrt.media import VideoWriter, read_metadata
 
@@ -406,3 +407,8 @@ def test_verify_prints_every_component(wantrt) -> None:
     report = wantrt("verify", "--bundle", small_bundle(), "--runtime", "torch", "--json").json
     assert report["ok"]
     assert len(report["components"]) == 12
+
+
+def test_sizes_are_for_people() -> None:
+    sizes = [12, 3 * 2**19, 1012 * 2**20, 1100 * 2**30]
+    assert [gib(size) for size in sizes] == ["12 B", "1.5 MiB", "1012 MiB", "1100 GiB"]

@@ -142,5 +142,6 @@ def gib(size_bytes: float) -> str:
     """A size for people: 1.5 GiB, 240 MiB, 12 KiB."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size_bytes >= scale:
-            return f"{size_bytes / scale:.3g} {unit}"
+            number = size_bytes / scale
+            return f"{number:.3g} {unit}" if number < 999.5 else f"{number:.0f} {unit}"
     return f"{size_bytes:.0f} B"
