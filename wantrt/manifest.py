@@ -160,7 +160,7 @@ def _check_plan(component: ComponentRecord, plan: PlanRecord) -> None:
         or not plan.targets
         or plan.symbols.keys() != symbols
         or not all(0 < low <= typical <= high for low, typical, high in plan.symbols.values())
-        or not (of_one or plan.part is plan.instance is None)
+        or not (of_one or (plan.part is None and plan.instance is None))
     ):
         raise ValueError(f"{component.name} cannot have the plan {plan.file} as it is described")
 
