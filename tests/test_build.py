@@ -244,7 +244,7 @@ def test_a_full_disk_is_found_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(BuildError, match="0 GiB are free"):
+    with pytest.raises(BuildError, match="0 MiB are free"):
         rebuild(tmp_path / "b")
     assert not list((tmp_path / "b").iterdir())
 

@@ -207,6 +207,13 @@ class Build:
             raise BuildError(
                 f"{self.out} is a bundle of another checkpoint. Name another --out, or delete it."
             )
+        log = read_log(self.out)
+        planned = {name for name in log.pieces if name.startswith("plan ")} if log else set()
+        if planned and not any(piece.kind == "plan" for piece in self.pieces):
+            raise BuildError(
+                f"{self.out} has TensorRT plans, which this build would delete. Say --runtime "
+                "tensorrt-rtx (or tensorrt) to keep them, or name another --out."
+            )
 
 
 def _origin(root: Path) -> str | None:

@@ -20,7 +20,7 @@ from wantrt import __version__
 from wantrt.bundle import BUILD_LOG, FOLDERS, MANIFEST, describe_file, is_inside, list_files
 from wantrt.config import Variant
 from wantrt.errors import BuildError
-from wantrt.folder import Progress, remembered_sha256, sha256_of, write_json
+from wantrt.folder import Progress, cache_folder, remembered_sha256, sha256_of, write_json
 from wantrt.manifest import FileRecord
 from wantrt.records import from_plain, to_plain
 
@@ -203,13 +203,18 @@ def check_room(root: Path, missing: Sequence[Piece], temporary_bytes: int = 0) -
     """Raises BuildError, with the numbers, if disk or memory is too small for what is missing."""
     if not missing:
         return
-    needed = sum(piece.size for piece in missing) + temporary_bytes + SPARE_BYTES
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise BuildError(
-            f"the build needs {needed / 2**30:.1f} GiB in {root}, and {free / 2**30:.1f} GiB are "
-            "free there. Make room, or name another --out."
-        )
+    _check_disk(root, sum(piece.size for piece in missing) + temporary_bytes, "--out")
+    plans = sum(piece.size for piece in missing if piece.kind == "plan")
+    cache = cache_folder()
+    if plans:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BuildError(
+                f"cannot keep plans in {cache}: {error}. Set XDG_CACHE_HOME to another folder."
+            ) from error
+        if cache.stat().st_dev != root.stat().st_dev:  # else both have one file
+            _check_disk(cache, plans, "XDG_CACHE_HOME")
     largest = max(missing, key=lambda piece: piece.memory)
     available = available_memory()
     if largest.memory > available:
@@ -219,6 +224,15 @@ def check_room(root: Path, missing: Sequence[Piece], temporary_bytes: int = 0) -
             "--stack, or --weights bound."
         )
     _check_gpu(max(missing, key=lambda piece: piece.gpu_memory))
+
+
+def _check_disk(folder: Path, nbytes: int, setting: str) -> None:
+    needed, free = nbytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    if needed > free:
+        raise BuildError(
+            f"the build needs {needed / 2**20:,.0f} MiB in {folder}, and {free / 2**20:,.0f} MiB "
+            f"are free there. Make room, or name another folder with {setting}."
+        )
 
 
 def _check_gpu(largest: Piece) -> None:

@@ -54,18 +54,18 @@ def find_done(out: Path | None, receipt: str | None) -> Path | None:
 
 def _find_source(asked: Mapping[str, object]) -> str | None:
     """The folder of the checkpoint, or random:SEED. None: it may have to be downloaded."""
-    source = asked.get("checkpoint")
-    if source is None:
+    source = str(asked.get("checkpoint") or "")
+    if not source:
         variant = find_variant(str(asked.get("variant")))
-        if variant.name == "nano":
-            return str(NANO)
-        source = variant.repo_id
-    if source is None or str(source).startswith("random:") or Path(str(source)).is_dir():
-        return source and str(source)
+        source = str(NANO) if variant.name == "nano" else variant.repo_id or ""
+    if not source:
+        return None
+    if source.startswith("random:") or Path(source).is_dir():
+        return source
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(str(source), local_files_only=True)
+        return snapshot_download(source, local_files_only=True)
     except (OSError, ValueError):  # not there, or no repository's name
         return None
 
