@@ -33,6 +33,9 @@ from wantrt.linked import refuse_other_names
 refuse_other_names(__spec__)
 
 
+# A thread shall not be handed blocks of another thread's heap because it freed them.
+OWN_HEAP = "glibc.malloc.tcache_count=0"
+
 _one_at_a_time = threading.Lock()
 _compilers: dict[tuple[int, str], "_Compiler"] = {}  # by process, which may fork, and flavour
 
@@ -75,6 +78,7 @@ class _Compiler:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "wantrt.engines.compiler", flavour, str(theirs.fileno())],
+                env={**os.environ, "GLIBC_TUNABLES": OWN_HEAP},
                 pass_fds=[theirs.fileno()],
                 cwd=Path(wantrt.__file__).parents[1],  # there it finds the same wantrt
                 stdin=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ the other end of the socket is closed, as it is however the parent ends, and tak
 """
 
 import ctypes
+import gc
 import logging
 import os
 import pickle
@@ -51,7 +52,11 @@ def serve(flavour: Flavour, socket: Connection) -> None:
 
 
 def _compile(flavour: Flavour, message: bytes, socket: Connection, server: int) -> NoReturn:
-    """The child. The thread gives it a heap of its own: that of the main thread has a past."""
+    """The child. A new thread has a heap of its own, and only TensorRT's blocks shall lie in it.
+
+    What Python collects there, at a moment that depends on what was before, would be handed out
+    again: so nothing is collected, and glibc keeps no free blocks by thread (engines/apart.py).
+    """
 
     def work(request: PlanRequest, path: Path) -> None:
         try:
@@ -65,6 +70,7 @@ def _compile(flavour: Flavour, message: bytes, socket: Connection, server: int) 
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
         if os.getppid() == server:  # else it died before it could be told
             logging.getLogger("wantrt").addHandler(_ToParent(socket))
+            gc.disable()
             request, path = pickle.loads(message)
             request = replace(request, baked=dict(request.baked))  # files are mapped here
             worker = threading.Thread(target=work, args=(request, path))
