@@ -33,8 +33,9 @@ from wantrt.linked import refuse_other_names
 refuse_other_names(__spec__)
 
 
-# A thread shall not be handed blocks of another thread's heap because it freed them.
-OWN_HEAP = "glibc.malloc.tcache_count=0"
+# No thread is handed blocks of another's heap because it freed them, and which blocks are large does
+# not depend on what was freed before.
+OWN_HEAP = "glibc.malloc.tcache_count=0:glibc.malloc.mmap_threshold=131072"
 
 _one_at_a_time = threading.Lock()
 _compilers: dict[tuple[int, str], "_Compiler"] = {}  # by process, which may fork, and flavour

@@ -32,26 +32,33 @@ DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def serve(flavour: Flavour, socket: Connection) -> None:
-    """Until nobody is at the other end."""
+    """Until nobody is at the other end. Requests are read by the children: this process stays as is.
+
+    What it read would leave its trace in the memory that the next child gets.
+    """
     server = os.getpid()
-    while True:
-        try:
-            message = socket.recv_bytes()
-        except EOFError:
-            return
+    while not _has_closed(socket, until=(socket, select.POLLIN)):
         child = os.fork()
         if child == 0:
-            _compile(flavour, message, socket, server)
-        with open(os.pidfd_open(child)) as ended:
-            ready, _, _ = select.select([socket, ended], [], [])
-        if socket in ready:  # nothing is sent meanwhile: the other end has closed
+            _compile(flavour, socket, server)
+        ended = os.pidfd_open(child)
+        if _has_closed(socket, until=(ended, select.POLLIN)):
             os.kill(child, signal.SIGKILL)
             return
+        os.close(ended)
         os.waitpid(child, 0)
         socket.send(("ended", None))
 
 
-def _compile(flavour: Flavour, message: bytes, socket: Connection, server: int) -> NoReturn:
+def _has_closed(socket: Connection, until: tuple[Connection | int, int]) -> bool:
+    """Wait for an event, or for the other end of the socket to close: True."""
+    poll = select.poll()
+    poll.register(socket, 0)  # tells of the end in any case
+    poll.register(*until)
+    return any(events & select.POLLHUP for _, events in poll.poll())
+
+
+def _compile(flavour: Flavour, socket: Connection, server: int) -> NoReturn:
     """The child. A new thread has a heap of its own, and only TensorRT's blocks shall lie in it.
 
     What Python collects there, at a moment that depends on what was before, would be handed out
@@ -71,7 +78,7 @@ def _compile(flavour: Flavour, message: bytes, socket: Connection, server: int) 
         if os.getppid() == server:  # else it died before it could be told
             logging.getLogger("wantrt").addHandler(_ToParent(socket))
             gc.disable()
-            request, path = pickle.loads(message)
+            request, path = pickle.loads(socket.recv_bytes())
             request = replace(request, baked=dict(request.baked))  # files are mapped here
             worker = threading.Thread(target=work, args=(request, path))
             worker.start()
