@@ -49,7 +49,7 @@ def measure(arguments: list[str], cache: Path) -> dict[str, Any]:
     peak_bytes = 0
     while process.poll() is None:
         try:
-            pids = [process.pid, *children(process.pid)]  # a plan is compiled in a child
+            pids = [process.pid, *descendants(process.pid)]  # plans are compiled in some of them
             peak_bytes = max(peak_bytes, sum(map(anonymous_bytes, pids)))
         except (OSError, RuntimeError):
             continue  # it has just ended
@@ -69,8 +69,11 @@ def measure(arguments: list[str], cache: Path) -> dict[str, Any]:
     }
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def descendants(pid: int) -> list[int]:
+    """Children of all threads, and theirs."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    return children + [each for child in children for each in descendants(child)]
 
 
 def misses(name: str, run: dict[str, Any]) -> list[str]:
