@@ -41,7 +41,7 @@ $(VENV)/.stamp-dev: $(INPUTS)
 # pieces are in order of importance and take at most ten minutes each; `make gpu-1` runs one alone.
 GPU_PIECES := 1 2 3
 GPU_1 := tests/gpu/test_runtime_on_gpu.py
-GPU_2 := tests/gpu
+GPU_2 := tests/gpu tests/kernels
 
 gpu:
 	@failed=; for piece in $(GPU_PIECES); do \
