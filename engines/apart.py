@@ -17,7 +17,6 @@ import threading
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,8 +32,8 @@ from wantrt.linked import refuse_other_names
 refuse_other_names(__spec__)
 
 
-# No thread is handed blocks of another's heap because it freed them, and which blocks are large does
-# not depend on what was freed before.
+# No thread is handed blocks of another's heap because it freed them, and which blocks are large
+# does not depend on what was freed before.
 OWN_HEAP = "glibc.malloc.tcache_count=0:glibc.malloc.mmap_threshold=131072"
 
 _one_at_a_time = threading.Lock()
@@ -91,7 +90,7 @@ class _Compiler:
         return self._process.poll() is None
 
     def compile(self, request: PlanRequest, path: Path, progress: Progress) -> None:
-        result: tuple[str, Any] = ("ended", None)
+        result: tuple[str, object] = ("ended", None)
         try:
             request = replace(request, graph=request.graph.absolute())
             self._socket.send_bytes(pickle.dumps((request, path.absolute())))
@@ -109,7 +108,7 @@ class _Compiler:
         except (EOFError, ConnectionError):
             pass  # without a result
         kind, content = result
-        if kind == "error":
+        if isinstance(content, BaseException):
             raise content
         if kind == "ended":
             raise BuildError(

@@ -32,9 +32,10 @@ DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def serve(flavour: Flavour, socket: Connection) -> None:
-    """Until nobody is at the other end. Requests are read by the children: this process stays as is.
+    """Until nobody is at the other end. Requests are read by the children.
 
-    What it read would leave its trace in the memory that the next child gets.
+    So this process stays as it is: what it read would leave its trace in the memory that the next
+    child gets.
     """
     server = os.getpid()
     while not _has_closed(socket, until=(socket, select.POLLIN)):
