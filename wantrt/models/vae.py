@@ -301,6 +301,9 @@ class Statistics:
         self.config = config
         self._made: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
+    def __reduce__(self) -> tuple[type["Statistics"], tuple[VAEConfig]]:
+        return Statistics, (self.config,)  # a pickle is the same whatever has run
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._made:
             with torch.inference_mode(False):  # or training could not use them afterwards
