@@ -44,7 +44,7 @@ COMMAND = (
     *("--size", "32x32", "--frames", "5", "--no-weights"),
 )
 RTX = "tensorrt-rtx"
-KILLS = 5
+KILLS = 20
 
 
 @pytest.fixture(scope="module", autouse=True)
