@@ -1,10 +1,10 @@
 """Compile a plan in a process of its own, in memory that nothing has touched.
 
-TensorRT-RTX orders some of a plan's tables by where things lie in memory, so its bytes depend on
-what the process did before: on its heap, and on where its address space has holes. So plans are
-compiled by a process that is started for that alone and has no past (engines/compiler.py). Then
-they are the same whatever happened before (tests/engines/test_apart.py). It also stops at once when
-it is told to, and leaves no memory behind.
+TensorRT-RTX orders some of a plan's tables by where in a heap its objects lie, so one block more,
+allocated before or meanwhile, changes the plan's bytes. So plans are compiled by a process that is
+started for that alone and has no past (engines/compiler.py), from a message that is the same
+whatever this process did. Then they are the same too (tests/engines/test_apart.py). It also stops
+at once when it is told to, and leaves no memory behind.
 Where there is a GPU, plans are compiled in place: CUDA does not survive the compiler's fork.
 """
 
@@ -30,7 +30,6 @@ from wantrt.interrupt import stoppable
 from wantrt.linked import refuse_other_names
 
 refuse_other_names(__spec__)
-
 
 # No thread is handed blocks of another's heap because it freed them, and which blocks are large
 # does not depend on what was freed before.
