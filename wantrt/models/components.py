@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig, Variant
 from wantrt.errors import SettingsError
-from wantrt.models.dit import DiT
+from wantrt.models.dit import DiT, run_blocks
 from wantrt.models.ops import TORCH_OPS, Ops
 from wantrt.models.umt5 import TextEncoder
 from wantrt.models.vae import VAE, CausalConv3d, Decoder, Downsample, Encoder, Upsample
@@ -364,9 +364,7 @@ class _DiTStack(nn.Module):
         sin: Tensor,
         token_row: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        for block in self.blocks:
-            hidden = block(hidden, e6, token_row, context, cos, sin)
-        return (hidden,)
+        return (run_blocks(self.blocks, hidden, e6, token_row, context, cos, sin),)
 
 
 class _DiTHead(nn.Module):

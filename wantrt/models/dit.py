@@ -10,6 +10,8 @@ modulation comes as R rows and `token_row` says which row a token takes. R = 1 a
 plain T2V. Letters: B batch, L tokens, S text rows, C channels, H heads, D head_dim, R rows.
 """
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +68,12 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each between a norm and a residual.
+
+    The residual that ends one part and the norm that begins the next both pass over all tokens, so
+    they are one operation, also from block to block: see `run_blocks`.
+    """
+
     def __init__(self, config: DiTConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
         self.eps, self.dtype, self.ops = config.eps, dtype, ops
@@ -73,7 +81,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config, dtype, ops)
         self.cross_norm = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config, dtype, ops)
-        self.ffn = FeedForward(config.dim, config.ffn_dim, dtype)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, dtype, ops=ops)
 
     def forward(
         self,
@@ -85,21 +93,66 @@ class Block(nn.Module):
         sin: Tensor,
     ) -> Tensor:
         """x: [B, L, C]; e6: [B, R, 6, C], both float32; context: [B, S, C]; cos, sin: [L, D/2]."""
-        ops = self.ops
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e6).unbind(2)
-        y = ops.modulate(x, shift1, scale1, token_row, self.eps, self.dtype)
-        x = ops.gated_residual(x, self.self_attn(y, cos, sin), gate1, token_row)
-        x = x + self.cross_attn(self.cross_norm(x).to(self.dtype), context).float()
-        y = ops.modulate(x, shift2, scale2, token_row, self.eps, self.dtype)
-        return ops.gated_residual(x, self.ffn(y), gate2, token_row)
+        return run_blocks([self], x, e6, token_row, context, cos, sin)
+
+    def rows(self, e6: Tensor) -> Sequence[Tensor]:
+        """shift, scale and gate of the self-attention, then of the feed-forward: six [B, R, C]."""
+        return (self.modulation + e6).unbind(2)
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        rows: Sequence[Tensor],
+        token_row: Tensor | None,
+        context: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """x, and y = x modulated -> x, and the feed-forward's y, which is still to be added."""
+        norm = self.cross_norm
+        _, _, gate1, shift2, scale2, _ = rows
+        y = self.self_attn(y, cos, sin)
+        x, y = self.ops.gated_residual_norm(
+            x, y, gate1, norm.weight, norm.bias, token_row, norm.eps, self.dtype
+        )
+        y = self.cross_attn(y, context)
+        x, y = self.ops.gated_residual_modulate(
+            x, y, None, shift2, scale2, token_row, self.eps, self.dtype
+        )
+        return x, self.ffn(y)
+
+
+def run_blocks(
+    blocks: Iterable[Block],
+    x: Tensor,
+    e6: Tensor,
+    token_row: Tensor | None,
+    context: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """`blocks`, at least one, one after another; tensors as in `Block.forward`."""
+    first, *others = blocks
+    ops, eps, dtype = first.ops, first.eps, first.dtype
+    shift, scale, *_, gate = rows = first.rows(e6)
+    y = ops.modulate(x, shift, scale, token_row, eps, dtype)
+    x, y = first.run(x, y, rows, token_row, context, cos, sin)
+    for block in others:
+        rows = block.rows(e6)
+        shift, scale = rows[:2]
+        x, y = ops.gated_residual_modulate(x, y, gate, shift, scale, token_row, eps, dtype)
+        x, y = block.run(x, y, rows, token_row, context, cos, sin)
+        gate = rows[5]
+    return ops.gated_residual(x, y, gate, token_row)
 
 
 class DiTCondition(nn.Module):
     """Text features -> context, the rows that every block attends to."""
 
-    def __init__(self, config: DiTConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: DiTConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        self.text = FeedForward(config.text_dim, config.dim, dtype, config.dim)
+        self.text = FeedForward(config.text_dim, config.dim, dtype, config.dim, ops)
 
     def forward(self, text_embeds: Tensor) -> Tensor:
         """text_embeds: [B, text_len, text_dim], rows past the prompt zero -> [B, text_len, C]."""
@@ -173,7 +226,7 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.condition = DiTCondition(config, dtype)
+        self.condition = DiTCondition(config, dtype, ops)
         self.time = DiTTime(config)
         self.patch = DiTPatch(config, dtype)
         self.blocks = nn.ModuleList(Block(config, dtype, ops) for _ in range(config.num_layers))
@@ -198,8 +251,7 @@ class DiT(nn.Module):
         e, e6 = e.unflatten(0, timestep.shape), e6.unflatten(0, timestep.shape)  # [B, R, ...]
         context = self.condition(text_embeds)
         hidden = self.patch(latent)
-        for block in self.blocks:
-            hidden = block(hidden, e6, token_row, context, cos, sin)
+        hidden = run_blocks(self.blocks, hidden, e6, token_row, context, cos, sin)
         return self.head(hidden, e, token_row, latent)
 
 
@@ -207,14 +259,20 @@ class FeedForward(nn.Module):
     """Linear, GELU (tanh), linear."""
 
     def __init__(
-        self, dim: int, hidden_dim: int, dtype: torch.dtype, out_dim: int | None = None
+        self,
+        dim: int,
+        hidden_dim: int,
+        dtype: torch.dtype,
+        out_dim: int | None = None,
+        ops: Ops = TORCH_OPS,
     ) -> None:
         super().__init__()
+        self.ops = ops
         self.up = nn.Linear(dim, hidden_dim, dtype=dtype)
         self.down = nn.Linear(hidden_dim, out_dim or dim, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(self.ops.linear_gelu(x, self.up.weight, self.up.bias))
 
 
 class Scale(nn.Module):

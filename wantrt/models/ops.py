@@ -1,9 +1,8 @@
 """The operations between the matrix products, as arguments of the models.
 
-A model takes an `Ops` and calls nothing else for these five, so the same module runs as plain torch
-(the defaults here: the definition of correct), with Triton kernels on a GPU, or spelled with the
-native ONNX operators for export. Letters: B batch, L tokens, C channels, H heads, D head_dim,
-R modulation rows.
+A model takes an `Ops` and calls nothing else for these, so the same module runs as plain torch (the
+defaults here: the definition of correct), with Triton kernels on a GPU, or as nodes of a graph for
+export. Letters: B batch, L tokens, C channels, H heads, D head_dim, R modulation rows.
 """
 
 from collections.abc import Callable
@@ -72,9 +71,57 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, token_row: Tensor | None)
     return x.float() + y.float() * per_token(gate, token_row)
 
 
+def gated_residual_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    token_row: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual` (x + y without a gate) and `modulate` of the result: returns both."""
+    x = _residual(x, y, gate, token_row)
+    return x, modulate(x, shift, scale, token_row, eps, dtype)
+
+
+def gated_residual_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    token_row: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual` and the affine LayerNorm of the result, in `dtype`. weight, bias: [C]."""
+    x = _residual(x, y, gate, token_row)
+    return x, F.layer_norm(x, x.shape[-1:], weight.float(), bias.float(), eps).to(dtype)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU (tanh) of a linear layer. x: [..., I]; weight: [O, I]; bias: [O]."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def rms_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """SiLU of `channel_norm`, with nothing rounded between the two."""
+    return F.silu(_channel_norm(x, gamma)).to(x.dtype)
+
+
+def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """x / max(‖x‖₂, 1e-12) · √C · γ over channels (official ``RMS_norm``), in float32.
+
+    x: [B, C, ...]; gamma: [C]. Returned in x's dtype.
+    """
+    return _channel_norm(x, gamma).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Ops:
-    """The five fusable operations; the defaults are the reference."""
+    """The fusable operations; the defaults are the reference."""
 
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = attention
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
@@ -85,6 +132,16 @@ class Ops:
         modulate
     )
     gated_residual: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = gated_residual
+    gated_residual_modulate: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float, torch.dtype],
+        tuple[Tensor, Tensor],
+    ] = gated_residual_modulate
+    gated_residual_norm: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float, torch.dtype],
+        tuple[Tensor, Tensor],
+    ] = gated_residual_norm
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_gelu
+    rms_silu: Callable[[Tensor, Tensor], Tensor] = rms_silu
 
 
 TORCH_OPS = Ops()
@@ -103,3 +160,12 @@ def merge_heads(x: Tensor) -> Tensor:
 def per_token(rows: Tensor, token_row: Tensor | None) -> Tensor:
     """Modulation rows as something that broadcasts over tokens: [B, 1, C] or [B, L, C]."""
     return rows if token_row is None else rows[:, token_row]
+
+
+def _residual(x: Tensor, y: Tensor, gate: Tensor | None, token_row: Tensor | None) -> Tensor:
+    return x.float() + y.float() if gate is None else gated_residual(x, y, gate, token_row)
+
+
+def _channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    scale = gamma.float().view(-1, *(1 for _ in x.shape[2:]))
+    return F.normalize(x.float(), dim=1) * (gamma.shape[0] ** 0.5) * scale

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wantrt.config import VAEConfig
-from wantrt.models.ops import TORCH_OPS, Ops
+from wantrt.models.ops import TORCH_OPS, Ops, channel_norm
 
 
 class Caches:
@@ -53,16 +53,14 @@ class Caches:
 
 
 class ChannelNorm(nn.Module):
-    """x / max(‖x‖₂, 1e-12) · √C · γ over channels (official ``RMS_norm``), in float32."""
+    """See `channel_norm`; with SiLU behind it, it is the operation `rms_silu`."""
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        gamma = self.gamma.float().view(-1, *(1 for _ in x.shape[2:]))
-        normed = F.normalize(x.float(), dim=1) * (self.gamma.shape[0] ** 0.5)
-        return (normed * gamma).to(x.dtype)
+        return channel_norm(x, self.gamma)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -84,8 +82,9 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels: int, out_channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, channels: int, out_channels: int, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.norm1 = ChannelNorm(channels, dtype)
         self.conv1 = CausalConv3d(channels, out_channels, (3, 3, 3), dtype)
         self.norm2 = ChannelNorm(out_channels, dtype)
@@ -97,8 +96,8 @@ class ResidualBlock(nn.Module):
         )
 
     def stream(self, x: Tensor, caches: Caches) -> Tensor:
-        y = self.conv1.stream(F.silu(self.norm1(x)), caches)
-        y = self.conv2.stream(F.silu(self.norm2(y)), caches)
+        y = self.conv1.stream(self.ops.rms_silu(x, self.norm1.gamma), caches)
+        y = self.conv2.stream(self.ops.rms_silu(y, self.norm2.gamma), caches)
         return y + self.shortcut(x)
 
 
@@ -175,13 +174,14 @@ class Upsample(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        self.config, self.statistics = config, Statistics(config)
+        self.config, self.statistics, self.ops = config, Statistics(config), ops
         dims = [config.encoder_dim * m for m in (1, *config.dim_multipliers)]
         self.conv_in = CausalConv3d(3, dims[0], (3, 3, 3), dtype)
         self.down = nn.ModuleList()
         for stage, (dim, out_dim) in enumerate(pairwise(dims)):
-            for block in range(config.num_res_blocks):
-                self.down.append(ResidualBlock(dim if block == 0 else out_dim, out_dim, dtype))
+            for _ in range(config.num_res_blocks):
+                self.down.append(ResidualBlock(dim, out_dim, dtype, ops))
+                dim = out_dim
             if stage < len(config.temporal_downsample):
                 self.down.append(Downsample(out_dim, config.temporal_downsample[stage], dtype))
         self.middle = _middle(dims[-1], dtype, ops)
@@ -207,14 +207,14 @@ class Encoder(nn.Module):
         x = self.conv_in.stream(x, caches)
         for layer in (*self.down, *self.middle):
             x = layer.stream(x, caches)
-        x = self.conv_out.stream(F.silu(self.norm_out(x)), caches)
+        x = self.conv_out.stream(self.ops.rms_silu(x, self.norm_out.gamma), caches)
         return self.quant_conv(x)
 
 
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        self.config, self.statistics = config, Statistics(config)
+        self.config, self.statistics, self.ops = config, Statistics(config), ops
         multipliers = config.dim_multipliers[::-1]
         temporal_upsample = config.temporal_downsample[::-1]
         dims = [config.decoder_dim * m for m in (multipliers[0], *multipliers)]
@@ -224,8 +224,9 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for stage, (dim, out_dim) in enumerate(pairwise(dims)):
             dim = dim // 2 if stage > 0 else dim  # an upsample halves the channels
-            for block in range(config.num_res_blocks + 1):
-                self.up.append(ResidualBlock(dim if block == 0 else out_dim, out_dim, dtype))
+            for _ in range(config.num_res_blocks + 1):
+                self.up.append(ResidualBlock(dim, out_dim, dtype, ops))
+                dim = out_dim
             if stage < len(temporal_upsample):
                 self.up.append(Upsample(out_dim, temporal_upsample[stage], dtype))
         self.norm_out = ChannelNorm(dims[-1], dtype)
@@ -249,7 +250,7 @@ class Decoder(nn.Module):
         x = self.conv_in.stream(self.post_quant_conv(z), caches)
         for layer in (*self.middle, *self.up):
             x = layer.stream(x, caches)
-        return self.conv_out.stream(F.silu(self.norm_out(x)), caches)
+        return self.conv_out.stream(self.ops.rms_silu(x, self.norm_out.gamma), caches)
 
 
 class VAE(nn.Module):
@@ -284,9 +285,9 @@ class VAE(nn.Module):
 def _middle(channels: int, dtype: torch.dtype, ops: Ops) -> nn.ModuleList:
     return nn.ModuleList(
         (
-            ResidualBlock(channels, channels, dtype),
+            ResidualBlock(channels, channels, dtype, ops),
             FrameAttention(channels, dtype, ops),
-            ResidualBlock(channels, channels, dtype),
+            ResidualBlock(channels, channels, dtype, ops),
         )
     )
 
