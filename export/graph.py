@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from wantrt.errors import UnsupportedTaskError
-from wantrt.export.operators import EMITTERS, OPSET
-from wantrt.export.tracing import ONNX_DTYPE, Traced, Tracer
+from wantrt.export.operators import EMITTERS
+from wantrt.export.tracing import DOMAIN, ONNX_DTYPE, OPSET, Traced, Tracer
 from wantrt.linked import refuse_other_names
 from wantrt.models.components import Component
 from wantrt.session import TensorSpec
@@ -71,7 +71,11 @@ def export_graph(component: Component) -> onnx.ModelProto:
     model = helper.make_model(
         graph,
         ir_version=IR_VERSION,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[
+            helper.make_opsetid("", OPSET),
+            *([helper.make_opsetid(DOMAIN, 1)] if tracer.functions else []),
+        ],
+        functions=list(tracer.functions.values()),
         producer_name="wantrt",
     )
     onnx.checker.check_model(model)

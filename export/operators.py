@@ -1,4 +1,4 @@
-"""What each torch function that the models use is in ONNX (opset 23).
+"""What each torch function that the models use is in ONNX (opset `OPSET`).
 
 An emitter takes the tracer, the specs of the results and the torch function's own arguments, and
 returns the name of the result's value in the graph, or a list of names.
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wantrt.export.tracing import Emitter, Spec, Traced, Tracer
+from wantrt.export.tracing import ONNX_DTYPE, Emitter, Spec, Traced, Tracer
 from wantrt.linked import refuse_other_names
 
 refuse_other_names(__spec__)
 
-OPSET = 23
 EMITTERS: dict[str, Emitter] = {}
 FUSED_HEAD_DIM = 256  # the widest head that fused attention kernels take
 
@@ -105,7 +104,9 @@ def _kept(x: Traced, axes: int) -> list[int]:
 @emits("view")
 def _view(t: Tracer, out: list[Spec], /, x: Traced, *sizes: int) -> str:
     known = zip(sizes, out[0].shape, strict=True)
-    return t.reshape(x.value, [size if fixed is None else fixed for size, fixed in known])
+    return t.reshape(
+        x.value, [size if fixed is None or size == -1 else fixed for size, fixed in known]
+    )
 
 
 @emits("unsqueeze")
@@ -297,6 +298,11 @@ def _rotary_embedding(
     return t.node(
         "RotaryEmbedding", x.value, cos.value, sin.value, interleaved=1, num_heads=num_heads
     )
+
+
+@emits("root_of_channels")
+def _root_of_channels(t: Tracer, out: list[Spec], /, x: Traced) -> str:
+    return t.node("Sqrt", t.node("Cast", t.shape_of(x, 1, 2), to=ONNX_DTYPE[torch.float32]))
 
 
 @emits("conv2d", "conv3d")

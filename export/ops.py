@@ -1,24 +1,86 @@
-"""The models' fusable operations spelled so that each becomes a native ONNX operator.
+"""The models' fusable operations as nodes of a graph, each with its definition.
 
-``F.scaled_dot_product_attention``, ``F.rms_norm`` and ``F.layer_norm`` of the reference already map
-one to one. Rotary embedding does not: torch has no such function, so here is one that a trace sees
-whole.
+A node of domain ``wantrt`` carries the reference itself, traced, as its function body: ONNX Runtime
+and TensorRT-RTX put the body in the node's place; a TensorRT that has a plugin of the node's name
+takes that. The other operations map one to one to standard ONNX operators. Where a definition needs
+what torch has no function for, here is one that a trace sees whole.
 """
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from wantrt.export.tracing import Traced
 from wantrt.linked import refuse_other_names
-from wantrt.models.ops import Ops, merge_heads, rms_norm, rope, split_heads
+from wantrt.models import ops
+from wantrt.models.ops import Ops, merge_heads, rms_norm, split_heads
+from wantrt.schedulers.solver import guided_step
 
 refuse_other_names(__spec__)
+
+
+def as_node(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body` as a function that a trace records as one node of type `name`.
+
+    The type also says which optional tensors are there, as a plugin has them all or none: it ends
+    in ``Rows`` with a `token_row`, and does not begin with ``Gated`` without a `gate`.
+    """
+    signature = inspect.signature(body)
+
+    @wraps(body)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        traced = [value for value in arguments.values() if isinstance(value, Traced)]
+        if not traced:
+            return body(**arguments)
+        node_type = name + ("Rows" if arguments.get("token_row") is not None else "")
+        if arguments.get("gate", True) is None:
+            node_type = node_type.removeprefix("Gated")
+        results = traced[0].tracer.function(node_type, body, arguments)
+        return results if len(results) > 1 else results[0]
+
+    return call
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """`rope` on heads that lie side by side. x: [B, L, C] float32; cos, sin: [B, L, D/2]."""
     if has_torch_function((x,)):
         return handle_torch_function(rotary_embedding, (x,), x, cos, sin, num_heads)
-    return merge_heads(rope(split_heads(x, num_heads), cos.unsqueeze(1), sin.unsqueeze(1)))
+    return merge_heads(ops.rope(split_heads(x, num_heads), cos.unsqueeze(1), sin.unsqueeze(1)))
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `wantrt.models.ops.rope`, on heads put side by side."""
+    num_heads = x.shape[1]
+    cos, sin = cos.expand(x.shape[0], -1, -1), sin.expand(x.shape[0], -1, -1)
+    rotated = rotary_embedding(merge_heads(x).float(), cos, sin, num_heads)
+    return split_heads(rotated.to(x.dtype), num_heads)
+
+
+def _norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """q and k of `wantrt.models.ops.qk_norm_rope`, rotated before the heads are split."""
+    dim = q_weight.shape[0]
+    cos, sin = cos.expand(qkv.shape[0], -1, -1), sin.expand(qkv.shape[0], -1, -1)
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        x = rotary_embedding(rms_norm(x.float(), weight, eps), cos, sin, num_heads)
+        return split_heads(x.to(qkv.dtype), num_heads)
+
+    return normed(qkv[:, :, :dim], q_weight), normed(qkv[:, :, dim : 2 * dim], k_weight)
 
 
 def qk_norm_rope(
@@ -30,12 +92,34 @@ def qk_norm_rope(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `wantrt.models.ops.qk_norm_rope`, rotating before the heads are split."""
-    q, k, v = qkv.chunk(3, dim=-1)
-    cos, sin = cos.expand(qkv.shape[0], -1, -1), sin.expand(qkv.shape[0], -1, -1)
-    q = rotary_embedding(rms_norm(q.float(), q_weight, eps), cos, sin, num_heads).to(qkv.dtype)
-    k = rotary_embedding(rms_norm(k.float(), k_weight, eps), cos, sin, num_heads).to(qkv.dtype)
-    return split_heads(q, num_heads), split_heads(k, num_heads), split_heads(v, num_heads)
+    """As `wantrt.models.ops.qk_norm_rope`; v, which nothing is done to, stays outside the node."""
+    q, k = QK_NORM_ROPE(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
+    return q, k, split_heads(qkv[:, :, 2 * q_weight.shape[0] :], num_heads)
 
 
-ONNX_OPS = Ops(qk_norm_rope=qk_norm_rope)
+def root_of_channels(x: Tensor) -> Tensor:
+    """√C of x [B, C, ...], read from x at run time: one definition of a node serves every C."""
+    if has_torch_function((x,)):
+        return handle_torch_function(root_of_channels, (x,), x)
+    return torch.tensor([x.shape[1] ** 0.5], device=x.device)
+
+
+def _rms_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """As `wantrt.models.ops.rms_silu`."""
+    normed = F.normalize(x.float(), dim=1) * root_of_channels(x)
+    return F.silu(normed * gamma.float().view(-1, *(1 for _ in x.shape[2:]))).to(x.dtype)
+
+
+QK_NORM_ROPE = as_node("QkNormRope", _norm_rope)
+ROPE = as_node("Rope", _rope)
+RMS_NORM = as_node("RmsNorm", rms_norm)
+GUIDE_AND_STEP = as_node("GuideAndStep", guided_step)
+
+ONNX_OPS = Ops(
+    qk_norm_rope=qk_norm_rope,
+    modulate=as_node("Modulate", ops.modulate),
+    gated_residual=as_node("GatedResidual", ops.gated_residual),
+    gated_residual_modulate=as_node("GatedResidualModulate", ops.gated_residual_modulate),
+    gated_residual_norm=as_node("GatedResidualNorm", ops.gated_residual_norm),
+    rms_silu=as_node("RmsSilu", _rms_silu),
+)

@@ -28,6 +28,9 @@ ONNX_DTYPE = {
     torch.int64: TensorProto.INT64,
 }
 
+OPSET = 23
+DOMAIN = "wantrt"  # of nodes that bring their definition along
+
 Emitter = Callable[..., "str | list[str]"]
 
 
@@ -92,6 +95,7 @@ class Tracer:
         self.emitters = emitters
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[tuple[object, ...], onnx.TensorProto] = {}
+        self.functions: dict[str, onnx.FunctionProto] = {}
         self._shapes: dict[tuple[str, int, int], str] = {}
 
     def input(self, name: str, dtype: torch.dtype, shapes: Sequence[Sequence[int]]) -> Traced:
@@ -116,6 +120,50 @@ class Tracer:
         pairs = list(zip(first, second, strict=True))
         values = self.emitters[name](self, [_spec(pair) for pair in pairs], *args, **kwargs)
         return tuple(self._wrap(v, pair) for v, pair in zip(values, pairs, strict=True))
+
+    def function(
+        self, name: str, body: Callable[..., Any], arguments: Mapping[str, Any]
+    ) -> tuple[Traced, ...]:
+        """Call `body(**arguments)` as one node of `DOMAIN`; its definition is `body`, traced.
+
+        Tensors are the node's inputs, in order; what else is not None becomes an attribute of the
+        node, for a plugin to read: in the definition it is a constant. A type of node has one
+        definition in a graph: TensorRT's parser knows no overloads, it silently takes the first.
+        """
+        inner = Tracer(self.emitters)
+        given = {key: value for key, value in arguments.items() if value is not None}
+        tensors = {key: value for key, value in given.items() if isinstance(value, Traced)}
+        stand_ins = {
+            key: inner.input(key, value.spec.dtype, [example.shape for example in value.examples])
+            for key, value in tensors.items()
+        }
+        results = body(**{**arguments, **stand_ins})
+        results = results if isinstance(results, tuple) else (results,)
+        definition = helper.make_function(
+            DOMAIN,
+            name,
+            list(tensors),
+            [result.value for result in results],
+            [*map(_constant_node, inner.constants.values()), *inner.nodes],
+            [helper.make_opsetid("", OPSET)],
+        )
+        known = self.functions.setdefault(name, definition)
+        assert known == definition, f"two definitions of {name} in one graph"
+        attributes = {key: value for key, value in given.items() if key not in tensors}
+        values = self.multi_node(
+            name,
+            *(tensor.value for tensor in tensors.values()),
+            outputs=len(results),
+            domain=DOMAIN,
+            **{
+                key: ONNX_DTYPE[value] if isinstance(value, torch.dtype) else value
+                for key, value in attributes.items()
+            },
+        )
+        return tuple(
+            self._wrap(value, result.examples)
+            for value, result in zip(values, results, strict=True)
+        )
 
     # -- What emitters use ------------------------------------------------------------------------
 
@@ -207,6 +255,10 @@ def _function_name(func: Callable[..., Any]) -> str:
     if func.__name__ == "__get__":
         return str(func.__self__.__name__)  # type: ignore[attr-defined]
     return func.__name__
+
+
+def _constant_node(tensor: onnx.TensorProto) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], [tensor.name], name=tensor.name, value=tensor)
 
 
 def _tracer_of(args: Any) -> Tracer:

@@ -260,7 +260,7 @@ def run_rewritten(nodes, feeds, constants, result_rank):
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
-    rewrite_attention(model)
+    model = rewrite_attention(model)
     operators = [node.op_type for node in model.graph.node]
     assert "MultiHeadAttention" in operators
     assert "Attention" not in operators

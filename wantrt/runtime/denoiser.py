@@ -18,7 +18,6 @@ from wantrt.device import Device
 from wantrt.models.dit import rope_tables, timestep_sinusoid
 from wantrt.runtime.capture import Repeated
 from wantrt.schedulers.grids import Grid
-from wantrt.schedulers.guidance import guide
 from wantrt.schedulers.solver import Solver
 from wantrt.schedulers.tables import make_table
 from wantrt.session import Session, TensorSpec
@@ -212,11 +211,5 @@ class _ExpertRun:
             self.sessions["dit_head"][0].run(
                 {"hidden": rows, "e": self.e, "latent": self.latent}, {"velocity": velocity}
             )
-        self.solver.step(self._guided_velocity(), self.index)
-
-    def _guided_velocity(self) -> Tensor:
-        """[1, C, F, H, W] float32."""
-        if self.guidance_scale is None:
-            return self.velocities[0]
         passes = [row for velocity in self.velocities for row in velocity.split(1)]
-        return guide(passes[0], passes[1], self.guidance_scale)
+        self.solver.step(passes[0], self.index, *passes[1:], guidance_scale=self.guidance_scale)

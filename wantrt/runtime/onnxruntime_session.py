@@ -56,7 +56,7 @@ def _load(component: Component, graph: Path, num_threads: int | None) -> ort.Inf
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     try:
         model = onnx.load(graph)
-        rewrite_attention(model)
+        model = rewrite_attention(model)
         return ort.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

@@ -9,17 +9,22 @@ from collections.abc import Sequence
 
 import onnx
 from onnx import helper, numpy_helper
+from onnx.inliner import inline_local_functions
 
 SWAP_HEADS = [0, 2, 1, 3]  # [B, L, H, D] <-> [B, H, L, D]
 
 
-def rewrite_attention(model: onnx.ModelProto) -> None:
-    """Replace the Attention nodes of `model`, in place."""
+def rewrite_attention(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with its Attention nodes replaced, and its functions put where they are called."""
+    model = inline_local_functions(model)
     graph = model.graph
     producers = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = node.attribute[0].t
 
-    def heads_of(name: str) -> tuple[str, onnx.TensorProto] | None:
+    def heads_of(name: str) -> tuple[str, str, onnx.TensorProto] | None:
         """Where `name` is x [B, L, C] split into heads: x, and the sizes it was reshaped to."""
         swap = producers.get(name)
         if swap is None or swap.op_type != "Transpose" or swap.attribute[0].ints != SWAP_HEADS:
@@ -27,7 +32,7 @@ def rewrite_attention(model: onnx.ModelProto) -> None:
         split = producers[swap.input[0]]
         if split.op_type != "Reshape" or split.input[1] not in constants:
             return None
-        return split.input[0], constants[split.input[1]]
+        return split.input[0], split.input[1], constants[split.input[1]]
 
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -36,8 +41,8 @@ def rewrite_attention(model: onnx.ModelProto) -> None:
             continue
         split = [heads_of(name) for name in node.input[:3]]
         if all(split):
-            names, sizes = zip(*(found for found in split if found), strict=True)
-            nodes += _attend_joined(node, names, sizes[0])
+            names, sizes, values = zip(*(found for found in split if found), strict=True)
+            nodes += _attend_joined(node, names, sizes[0], values[0])
         elif len(node.input) == 3:
             nodes += _attend_as_batch(node)
         else:
@@ -45,6 +50,7 @@ def rewrite_attention(model: onnx.ModelProto) -> None:
     del graph.node[:]
     graph.node.extend(_without_unread(nodes, {value.name for value in graph.output}))
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
 
 
 def _without_unread(nodes: list[onnx.NodeProto], read: set[str]) -> list[onnx.NodeProto]:
@@ -58,19 +64,19 @@ def _without_unread(nodes: list[onnx.NodeProto], read: set[str]) -> list[onnx.No
 
 
 def _attend_joined(
-    node: onnx.NodeProto, inputs: Sequence[str], sizes: onnx.TensorProto
+    node: onnx.NodeProto, inputs: Sequence[str], sizes: str, values: onnx.TensorProto
 ) -> list[onnx.NodeProto]:
     """MultiHeadAttention takes heads side by side, [B, L, C]: it reads what was to be split.
 
     The result is split again for those who read it. They join it at once, and ONNX Runtime lets
     the two transposes cancel.
     """
-    num_heads = int(numpy_helper.to_array(sizes)[2])
+    num_heads = int(numpy_helper.to_array(values)[2])
     bias = ["", "", node.input[3]] if len(node.input) > 3 else []
     joined, split = f"{node.name}_joined", f"{node.name}_split"
     return [
         _multi_head_attention(node, [*inputs, *bias], joined, num_heads),
-        helper.make_node("Reshape", [joined, sizes.name], [split]),
+        helper.make_node("Reshape", [joined, sizes], [split]),
         helper.make_node("Transpose", [split], [node.output[0]], perm=SWAP_HEADS),
     ]
 

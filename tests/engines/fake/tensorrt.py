@@ -374,9 +374,7 @@ class Engine:
     @cached_property
     def session(self) -> ort.InferenceSession:
         """The plan in float32, as ONNX Runtime computes it."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        rewrite_attention(model)
+        model = rewrite_attention(self.model)
         in_float32(model)
         options = ort.SessionOptions()
         options.log_severity_level = 3
