@@ -4,10 +4,12 @@ A result is one JSON file in bench/results/, so that a number in the docs can be
 """
 
 import json
+import math
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,17 +60,42 @@ def cpu_name() -> str:
 
 def write_result(name: str, measured: dict[str, Any]) -> Path:
     """Write bench/results/`name`.json: what was measured, where, when and by which command."""
-    result = {
+    return _write(_describe(name, measured))
+
+
+def publish(name: str, measured: dict[str, Any]) -> None:
+    """`write_result`, whose path goes to stderr, and the same object last on stdout, in one line.
+
+    Not a number is null in it: JSON has no NaN.
+    """
+    result = _describe(name, _finite(measured))
+    print(_write(result), file=sys.stderr)
+    print(json.dumps(result), flush=True)
+
+
+def _describe(name: str, measured: dict[str, Any]) -> dict[str, Any]:
+    return {
         "name": name,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "machine": machine(),
         **measured,
     }
+
+
+def _write(result: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{result['name']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _module() -> str:

@@ -1,0 +1,173 @@
+"""Measuring on a GPU: times that can be compared, and what this machine can do at best.
+
+Contenders are captured as CUDA graphs, so that no launch from Python is timed (the runtime replays
+graphs too), and replayed in turn, so that clocks and heat meet all of them alike. Best rates are
+measured, not looked up: a copy of 1 GiB, and a product of 8192 x 8192 bfloat16 matrices. Data is
+random: a GPU multiplies zeros faster.
+"""
+
+import math
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wantrt.linked import refuse_other_names
+
+refuse_other_names(__spec__)
+
+COPY_BYTES = 2**30
+MATRIX_SIDE = 8192
+WARM_UP = 3
+SETTLE_MS = 500.0  # of work before a best rate is measured: clocks follow power, not at once
+ASKED = (
+    *("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem"),
+    *("temperature.gpu", "power.draw", "power.limit"),
+)
+
+Work = Callable[[], object]
+Row = dict[str, Any]
+
+
+def require_gpu(measurement: str) -> None:
+    """Leave the process with a message and status 1 where torch sees no CUDA device."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"{measurement} measures a CUDA GPU, and torch {torch.__version__} sees none here.\n"
+            "Run the same command on a machine that has one."
+        )
+
+
+def capture(work: Work, pool: Any = None) -> Callable[[], None]:
+    """Run `work` to warm it up, record it and return its replay.
+
+    Graphs that are never replayed at once may share the memory of `pool`.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph.replay
+
+
+def time_in_turn(works: Mapping[str, Work], samples: int) -> dict[str, list[float]]:
+    """Milliseconds of `samples` runs of each, one of each at a time, after a warm-up."""
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in works}
+    for _ in range(WARM_UP + samples):
+        for name, work in works.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            marks[name].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        name: [start.elapsed_time(end) for start, end in pairs[WARM_UP:]]
+        for name, pairs in marks.items()
+    }
+
+
+def summary(times: Sequence[float], unit: str, digits: int) -> Row:
+    """Median, p10 and p90 of times, the unit in the names."""
+    p10, median, p90 = np.percentile(times, (10, 50, 90))
+    return {
+        f"median_{unit}": round(float(median), digits),
+        f"p10_{unit}": round(float(p10), digits),
+        f"p90_{unit}": round(float(p90), digits),
+    }
+
+
+def l2_bytes() -> int:
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+
+
+def copy_bandwidth(samples: int = 20) -> float:
+    """Bytes a second of a large copy: read and written bytes together."""
+    sets = [tuple(torch.randn(COPY_BYTES // 4, device="cuda") for _ in range(2)) for _ in range(2)]
+
+    def work() -> None:
+        for source, target in sets:
+            target.copy_(source)
+
+    settle(work)
+    (times,) = time_in_turn({"copy": work}, samples).values()
+    return 2 * len(sets) * COPY_BYTES / (float(np.median(times)) * 1e-3)
+
+
+def matrix_rate(samples: int = 20) -> float:
+    """FLOP/s of a large bfloat16 product, a multiplication and an addition counted as two."""
+    shape = (MATRIX_SIDE, MATRIX_SIDE)
+    a, b, out = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+
+    def work() -> None:
+        for _ in range(5):
+            torch.matmul(a, b, out=out)
+
+    settle(work)
+    (times,) = time_in_turn({"matmul": work}, samples).values()
+    return 5 * 2 * MATRIX_SIDE**3 / (float(np.median(times)) * 1e-3)
+
+
+def settle(work: Work) -> None:
+    """Run `work` for about `SETTLE_MS`."""
+    work()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    for _ in range(math.ceil(SETTLE_MS / max(start.elapsed_time(end), 0.01))):
+        work()
+
+
+def state() -> Row:
+    """Driver, clocks, temperature and power as nvidia-smi reports them; empty where it cannot."""
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            [*command, "-i", f"GPU-{uuid}"], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return parse_state(answer.stdout)
+
+
+def parse_state(line: str) -> Row:
+    """One line of nvidia-smi's csv, without header and units, in the order of `ASKED`."""
+    values = [value.strip() for value in line.strip().split(",")]
+    if len(values) != len(ASKED):
+        return {}
+    units = ("", "mhz", "mhz", "mhz", "c", "w", "w")
+    found: Row = {}
+    for name, unit, value in zip(ASKED, units, values, strict=True):
+        key = "_".join(part for part in (name.replace(".", "_"), unit) if part)
+        try:
+            found[key] = float(value) if unit else value
+        except ValueError:
+            found[key] = None  # "[N/A]"
+    return found
+
+
+def compare(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
+    """Of the worst output: max |Δ| / max |expected|, and the same of root mean squares."""
+    worst = {"max": 0.0, "rms": 0.0}
+    for a, e in zip(actual, expected, strict=True):
+        delta, scale = (a.float() - e.float()).abs(), e.float().abs()
+        found = {
+            "max": float(delta.max() / scale.max()),
+            "rms": float(torch.linalg.vector_norm(delta) / torch.linalg.vector_norm(scale)),
+        }
+        # a NaN is the worst of all, and max() would lose it
+        worst = {k: v if math.isnan(v) else max(worst[k], v) for k, v in found.items()}
+        if math.isnan(worst["max"]):
+            break
+    return worst
