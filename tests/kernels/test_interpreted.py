@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-KERNELS = ("modulate",)
+KERNELS = ("modulate", "gated_residual")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -5,23 +5,18 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.kernels.shared import DTYPES, Random, assert_equal
 from wantrt.errors import ExecutionError
 from wantrt.kernels.arguments import require
 from wantrt.kernels.modulate import modulate, modulate_reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# two float32 sums of another order; in 16 bits, one step of the result where they round apart
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-
 
 def make(batch, seq_len, channels, dtype, device, rows=None):
-    """x, then shift and scale as a block gives them (views of six), then token_row."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, seq_len, channels, generator=generator).to(device, dtype)
-    six = torch.randn(batch, rows or 1, 6, channels, generator=generator).to(device)
-    shift, scale, *_ = six.unbind(2)
-    row = torch.randint(rows, (seq_len,), generator=generator).to(device) if rows else None
-    return x, shift, scale, row
+    """x, shift, scale and token_row."""
+    random = Random(device)
+    x = random.normal(batch, seq_len, channels, dtype=dtype)
+    shift, scale, *_ = random.modulation(batch, rows, channels)
+    return x, shift, scale, random.token_row(rows, seq_len)
 
 
 @pytest.mark.parametrize("rows", [None, 2], ids=["per batch", "per token"])
@@ -33,11 +28,15 @@ def make(batch, seq_len, channels, dtype, device, rows=None):
     ids=["odd", "1.3B", "5B", "14B", "one"],
 )
 def test_equals_reference(batch, seq_len, channels, dtype, out_dtype, rows, kernel_device):
-    arguments = make(batch, seq_len, channels, dtype, kernel_device, rows)
-    actual = modulate(*arguments, 1e-6, out_dtype)
-    expected = modulate_reference(*arguments, 1e-6, out_dtype)
-    tolerance = TOLERANCE[out_dtype]
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    arguments = *make(batch, seq_len, channels, dtype, kernel_device, rows), 1e-6, out_dtype
+    assert_equal(modulate(*arguments), modulate_reference(*arguments))
+
+
+def test_contiguous_modulation(kernel_device):
+    """As a plugin gets it."""
+    x, shift, scale, token_row = make(2, 5, 96, torch.float32, kernel_device, rows=3)
+    arguments = x, shift.contiguous(), scale.contiguous(), token_row, 1e-6, torch.bfloat16
+    assert_equal(modulate(*arguments), modulate_reference(*arguments))
 
 
 def test_statistics_survive_a_large_mean(kernel_device):
@@ -49,13 +48,11 @@ def test_statistics_survive_a_large_mean(kernel_device):
     )
 
 
-def test_no_tokens(kernel_device):
-    assert modulate(*make(1, 0, 96, torch.float32, kernel_device), 1e-6, torch.float32).numel() == 0
-
-
 def test_is_a_sound_torch_op(kernel_device):
-    arguments = (*make(2, 5, 96, torch.bfloat16, kernel_device, rows=2), 1e-6, torch.float32)
-    torch.library.opcheck(modulate, arguments, test_utils=("test_schema", "test_faketensor"))
+    for rows in (None, 2):
+        x, *rest = make(2, 5, 96, torch.bfloat16, kernel_device, rows)
+        arguments = (x, *rest, 1e-6, torch.float32)
+        torch.library.opcheck(modulate, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(
@@ -64,18 +61,26 @@ def test_is_a_sound_torch_op(kernel_device):
         ("x", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), "not contiguous"),
         ("x", lambda t: t.double(), "float64"),
         ("x", lambda t: t[0], "expected .B, L, C."),
+        ("x", lambda t: t[:, :0], "nothing in it"),
+        ("x", lambda t: t[..., :0], "nothing in it"),
         ("shift", lambda t: t[..., :-1], "shape"),
+        ("shift", lambda t: t.mT.contiguous().mT, "last axis of shift"),
+        ("shift", lambda t: t.int(), "shift is torch.int32"),
         ("scale", lambda t: t.contiguous(), "strides"),
+        ("scale", lambda t: t[:, :1], "scale has shape"),
+        ("token_row", lambda t: None, "shift has shape .2, 2, 96., expected .2, 1, 96."),
         ("token_row", lambda t: t.int(), "int32"),
         ("token_row", lambda t: t[1:], "shape"),
+        ("dtype", lambda _: torch.float64, "dtype is torch.float64"),
     ],
 )
 def test_refuses(name, spoil, message, kernel_device):
     names = ("x", "shift", "scale", "token_row")
     arguments = dict(zip(names, make(2, 5, 96, torch.float32, kernel_device, rows=2), strict=True))
+    arguments["dtype"] = torch.float32
     arguments[name] = spoil(arguments[name])
     with pytest.raises(ExecutionError, match=message):
-        modulate(**arguments, eps=1e-6, dtype=torch.float32)
+        modulate(**arguments, eps=1e-6)
 
 
 def test_refuses_another_device(kernel_device):
