@@ -8,7 +8,7 @@ what torch has no function for, here is one that a trace sees whole.
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,27 +25,27 @@ from wantrt.schedulers.solver import guided_step
 refuse_other_names(__spec__)
 
 
-def as_node(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class Node:
     """`body` as a function that a trace records as one node of type `name`.
 
     The type also says which optional tensors are there, as a plugin has them all or none: it ends
     in ``Rows`` with a `token_row`, and does not begin with ``Gated`` without a `gate`.
     """
-    signature = inspect.signature(body)
 
-    @wraps(body)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(*args, **kwargs).arguments
+    name: str
+    body: Callable[..., Any]  # of a module: a component is sent to the process that compiles it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(self.body).bind(*args, **kwargs).arguments
         traced = [value for value in arguments.values() if isinstance(value, Traced)]
         if not traced:
-            return body(**arguments)
-        node_type = name + ("Rows" if arguments.get("token_row") is not None else "")
+            return self.body(**arguments)
+        node_type = self.name + ("Rows" if arguments.get("token_row") is not None else "")
         if arguments.get("gate", True) is None:
             node_type = node_type.removeprefix("Gated")
-        results = traced[0].tracer.function(node_type, body, arguments)
+        results = traced[0].tracer.function(node_type, self.body, arguments)
         return results if len(results) > 1 else results[0]
-
-    return call
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
@@ -110,16 +110,16 @@ def _rms_silu(x: Tensor, gamma: Tensor) -> Tensor:
     return F.silu(normed * gamma.float().view(-1, *(1 for _ in x.shape[2:]))).to(x.dtype)
 
 
-QK_NORM_ROPE = as_node("QkNormRope", _norm_rope)
-ROPE = as_node("Rope", _rope)
-RMS_NORM = as_node("RmsNorm", rms_norm)
-GUIDE_AND_STEP = as_node("GuideAndStep", guided_step)
+QK_NORM_ROPE = Node("QkNormRope", _norm_rope)
+ROPE = Node("Rope", _rope)
+RMS_NORM = Node("RmsNorm", rms_norm)
+GUIDE_AND_STEP = Node("GuideAndStep", guided_step)
 
 ONNX_OPS = Ops(
     qk_norm_rope=qk_norm_rope,
-    modulate=as_node("Modulate", ops.modulate),
-    gated_residual=as_node("GatedResidual", ops.gated_residual),
-    gated_residual_modulate=as_node("GatedResidualModulate", ops.gated_residual_modulate),
-    gated_residual_norm=as_node("GatedResidualNorm", ops.gated_residual_norm),
-    rms_silu=as_node("RmsSilu", _rms_silu),
+    modulate=Node("Modulate", ops.modulate),
+    gated_residual=Node("GatedResidual", ops.gated_residual),
+    gated_residual_modulate=Node("GatedResidualModulate", ops.gated_residual_modulate),
+    gated_residual_norm=Node("GatedResidualNorm", ops.gated_residual_norm),
+    rms_silu=Node("RmsSilu", _rms_silu),
 )

@@ -270,7 +270,8 @@ def test_a_killed_build_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """kill -9 at 20 random moments; each build that gets to its end has nothing from the reference.
 
     Every graph, weight, plan and the manifest are those of a build that nobody disturbed, which had
-    a plan cache of its own.
+    a plan cache of its own. A build goes on where the last one was killed, so moments within a
+    quarter of the whole time fall all over it.
     """
     reference, out, private = tmp_path / "reference", tmp_path / "b", tmp_path / "cache"
     undisturbed = start_build(reference, tmp_path / "reference-cache")
@@ -285,7 +286,7 @@ def test_a_killed_build_ends_with_the_same_bytes(tmp_path: Path) -> None:
     kills = 0
     while kills < KILLS:
         build = start_build(out, private)
-        build.join(moments.uniform(0, duration))
+        build.join(moments.uniform(0, duration / 4))
         build.kill()
         build.join()
         kills += build.exitcode == -signal.SIGKILL
@@ -367,6 +368,14 @@ def test_bad_input_is_refused_before_any_work(
     with pytest.raises(error, match=message):
         planned(tmp_path / "b", **changes)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_build_without_plans_does_not_delete_those_of_a_bundle(folder: Path) -> None:
+    before = contents(folder)
+    options = {"runtime": "onnxruntime", "targets": (), "sizes": (), "frames": ()}
+    with pytest.raises(BuildError, match="plans, which this build would delete.*--runtime"):
+        planned(folder, **options).run()
+    assert contents(folder) == before
 
 
 def test_too_little_memory_is_found_before_the_work(
