@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-KERNELS = ("modulate", "gated_residual")
+KERNELS = ("modulate", "gated_residual", "qk_norm_rope", "rope", "rms_norm")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
