@@ -10,7 +10,15 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-KERNELS = ("modulate", "gated_residual", "qk_norm_rope", "rope", "rms_norm")
+KERNELS = (
+    "modulate",
+    "gated_residual",
+    "qk_norm_rope",
+    "rope",
+    "rms_norm",
+    "guide_and_step",
+    "rms_silu",
+)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
