@@ -23,6 +23,7 @@ COPY_BYTES = 2**30
 MATRIX_SIDE = 8192
 WARM_UP = 3
 SETTLE_MS = 500.0  # of work before a best rate is measured: clocks follow power, not at once
+LOAD_MS = 1500.0  # of work, queued before the GPU's state is asked for
 ASKED = (
     *("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem"),
     *("temperature.gpu", "power.draw", "power.limit"),
@@ -116,16 +117,24 @@ def matrix_rate(samples: int = 20) -> float:
     return 5 * 2 * MATRIX_SIDE**3 / (float(np.median(times)) * 1e-3)
 
 
-def settle(work: Work) -> None:
-    """Run `work` for about `SETTLE_MS`."""
+def settle(work: Work, about_ms: float = SETTLE_MS) -> None:
+    """Run `work` for about so long; the last of it may still be running."""
     work()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
     end.record()
     torch.cuda.synchronize()
-    for _ in range(math.ceil(SETTLE_MS / max(start.elapsed_time(end), 0.01))):
+    for _ in range(math.ceil(about_ms / max(start.elapsed_time(end), 0.01))):
         work()
+
+
+def state_under(work: Work) -> Row:
+    """The GPU's `state` while it is busy with `work`."""
+    settle(work, LOAD_MS)
+    found = state()
+    torch.cuda.synchronize()
+    return found
 
 
 def state() -> Row:

@@ -64,6 +64,8 @@ class Case:
     make: Callable[[Random], tuple[Any, ...]]  # the arguments of the op
     mutated: tuple[int, ...] = ()  # which arguments the op writes, if it returns nothing
     flops: int | None = None  # of an op that is bound by arithmetic
+    kernel_only: tuple[Any, ...] = ()  # further arguments of the kernel
+    returns: int | None = None  # how many results the kernel returns, if fewer than the reference
 
     @property
     def name(self) -> str:
@@ -73,12 +75,14 @@ class Case:
         """The results as a tuple, however the op hands them over."""
         if self.mutated:
             return tuple(arguments[index] for index in self.mutated)
-        return returned if isinstance(returned, tuple) else (returned,)
+        results = returned if isinstance(returned, tuple) else (returned,)
+        return results if self.returns is None else results[: self.returns]
 
 
-def kernel(op: str) -> Callable[..., Any]:
-    """Our launcher of an op. Needs Triton."""
-    return getattr(import_module(f"wantrt.kernels.{MODULES[op]}"), op)
+def kernel(case: Case) -> Callable[..., Any]:
+    """Our launcher of a case's op, to be called as the reference. Needs Triton."""
+    launch = getattr(import_module(f"wantrt.kernels.{MODULES[case.op]}"), case.op)
+    return lambda *arguments: launch(*arguments, *case.kernel_only)
 
 
 def reference(op: str) -> Callable[..., Any]:
@@ -154,8 +158,14 @@ def gated_residual_norm(tokens: int, channels: int, dtype: torch.dtype, rows: in
     return Case("gated_residual_norm", shape_of(tokens, channels, rows), dtype, moved, make)
 
 
-def qk_norm_rope(tokens: int, channels: int, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> Case:
-    """v is a view of qkv: neither read nor written."""
+def qk_norm_rope(
+    tokens: int,
+    channels: int,
+    dtype: torch.dtype,
+    heads_first: bool = True,
+    head_dim: int = HEAD_DIM,
+) -> Case:
+    """v is a view of qkv: neither read nor written. heads_first: how q and k lie in memory."""
 
     def make(random: Random) -> tuple[Any, ...]:
         qkv = random(1, tokens, 3 * channels, dtype=dtype)
@@ -165,7 +175,10 @@ def qk_norm_rope(tokens: int, channels: int, dtype: torch.dtype, head_dim: int =
 
     stream = 4 * tokens * channels * dtype.itemsize
     small = (2 * channels + tokens * head_dim) * FLOAT32_BYTES
-    return Case("qk_norm_rope", shape_of(tokens, channels), dtype, stream + small, make)
+    shape = shape_of(tokens, channels) + (", heads first" if heads_first else ", tokens first")
+    moved = stream + small
+    extra = (heads_first,)
+    return Case("qk_norm_rope", shape, dtype, moved, make, kernel_only=extra, returns=2)
 
 
 def rope(tokens: int, channels: int, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> Case:
@@ -314,7 +327,8 @@ def token_cases(tokens: int, channels: int, dtype: torch.dtype) -> Iterator[Case
     yield gated_residual_modulate(tokens, channels, dtype)
     yield gated_residual_modulate(tokens, channels, dtype, gated=False)
     yield gated_residual_norm(tokens, channels, dtype)
-    yield qk_norm_rope(tokens, channels, dtype)
+    yield qk_norm_rope(tokens, channels, dtype, heads_first=True)
+    yield qk_norm_rope(tokens, channels, dtype, heads_first=False)
     yield gated_residual(tokens, channels, dtype)
     yield rms_norm(tokens, channels, dtype)
     yield rope(tokens, channels, dtype)

@@ -159,7 +159,7 @@ def measure(case: Case, samples: int, copy_rate: float, matmul_rate: float) -> R
     torch.cuda.empty_cache()
     try:
         runs = {
-            "kernel": kernel(case.op),
+            "kernel": kernel(case),
             "eager": reference(case.op),
             "compiled": torch.compile(reference(case.op), dynamic=False, fullgraph=True),
         }

@@ -34,7 +34,7 @@ def on_cpu(monkeypatch, tmp_path):
         "matrix_rate": lambda: 8e14,
         "l2_bytes": lambda: 40_000,
         "state": dict,
-        "kernel": reference,
+        "kernel": lambda case: reference(case.op),
         "all_cases": lambda *_: small_cases((torch.bfloat16,)),
     }.items():
         monkeypatch.setattr(kernels, name, replacement)
@@ -99,9 +99,9 @@ def test_out_of_time(on_cpu, monkeypatch, capsys):
 
 
 def test_a_wrong_kernel_fails(on_cpu, monkeypatch, capsys):
-    def spoiled(op):
-        run = reference(op)
-        return (lambda *a: run(*a) * 1.01) if op == "rope" else run
+    def spoiled(case):
+        run = reference(case.op)
+        return (lambda *a: run(*a) * 1.01) if case.op == "rope" else run
 
     monkeypatch.setattr(kernels, "kernel", spoiled)
     monkeypatch.setattr(sys, "argv", ["kernels", "--ops", "rope,rms_norm"])
@@ -130,7 +130,7 @@ def test_a_compiler_that_fails_is_said_and_the_rest_measured(on_cpu, monkeypatch
 
 
 def test_a_kernel_that_fails_is_a_failed_row(on_cpu, monkeypatch, capsys):
-    def missing(op):
+    def missing(case):
         raise ImportError("No module named 'triton'")
 
     monkeypatch.setattr(kernels, "kernel", missing)
@@ -158,7 +158,9 @@ def test_a_contender_that_cannot_be_captured(on_cpu, monkeypatch, capsys):
 
 
 def test_nan_fails_and_is_null_in_json(on_cpu, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "kernel", lambda op: lambda *a: reference(op)(*a) * math.nan)
+    monkeypatch.setattr(
+        kernels, "kernel", lambda case: lambda *a: reference(case.op)(*a) * math.nan
+    )
     monkeypatch.setattr(sys, "argv", ["kernels", "--ops", "rope"])
     with pytest.raises(SystemExit):
         kernels.main()
@@ -240,7 +242,7 @@ def test_refuses_options(option, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("benchmark", ["kernels"])
+@pytest.mark.parametrize("benchmark", ["kernels", "block"])
 def test_says_that_it_needs_a_gpu(benchmark):
     result = subprocess.run(
         [sys.executable, "-m", f"wantrt.bench.{benchmark}"],
