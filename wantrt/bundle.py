@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wantrt.models.components import Component
+    from wantrt.models.ops import Ops
 
 MANIFEST = "manifest.json"
 BUILD_LOG = "build-log.json"
@@ -100,13 +101,17 @@ class Bundle:
                 return record
         raise BundleError(f"{self.path} has no component {component} of {part}. Build again.")
 
-    def components(self, part: str) -> "list[Component]":
-        """The components of a part, cut as they were for this bundle."""
+    def components(self, part: str, ops: "Ops | None" = None) -> "list[Component]":
+        """The components of a part, cut as they were for this bundle.
+
+        ops: what their modules run with, plain torch if None.
+        """
         from wantrt.models.components import part_components
+        from wantrt.models.ops import TORCH_OPS
         from wantrt.session import PRECISIONS
 
         dtype = PRECISIONS[self.precision[part]]
-        return part_components(self.variant, part, dtype, self.stack_of(part))
+        return part_components(self.variant, part, dtype, self.stack_of(part), ops or TORCH_OPS)
 
     def stack_of(self, part: str) -> int | None:
         """Layers a run of the part's stack, if it has one."""

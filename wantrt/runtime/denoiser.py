@@ -17,6 +17,7 @@ from wantrt.config import GUIDANCE_BATCH_TOKENS, DiTConfig
 from wantrt.device import Device
 from wantrt.models.dit import rope_tables, timestep_sinusoid
 from wantrt.runtime.capture import Repeated
+from wantrt.runtime.fused import step_for
 from wantrt.schedulers.grids import Grid
 from wantrt.schedulers.solver import Solver
 from wantrt.schedulers.tables import make_table
@@ -110,7 +111,9 @@ class _Loop:
         self, shape: tuple[int, ...], num_steps: int, device: Device, captures: bool
     ) -> None:
         self.num_steps, self.device, self.captures = num_steps, device, captures
-        self.solver = Solver(torch.zeros(num_steps, 4).numpy(), shape, device.torch_device)
+        table = torch.zeros(num_steps, 4).numpy()
+        take = step_for(device.torch_device)
+        self.solver = Solver(table, shape, device.torch_device, take)
         self.index = device.empty((1,), torch.int64)
         self.expert_runs: dict[tuple[Transformer, bool], tuple[_ExpertRun, Callable[[], None]]] = {}
 

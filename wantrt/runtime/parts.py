@@ -15,6 +15,7 @@ from wantrt.device import Device
 from wantrt.errors import SettingsError
 from wantrt.manifest import PlanRecord
 from wantrt.models.components import Component
+from wantrt.runtime.fused import ops_for
 from wantrt.runtime.loading import RUNTIMES, Files, Runtime
 from wantrt.runtime.streaming import stream_sessions
 from wantrt.session import Session
@@ -43,6 +44,8 @@ def load_part(
     weights = _Weights(bundle, part, device)
     sessions: dict[str, Sequence[Session]] = {}
     on_torch = []
+    ops = ops_for(device.torch_device)
+    fused = {component.name: component for component in bundle.components(part, ops)}
     for component in bundle.components(part):
         if not component.name.startswith(prefix):
             continue
@@ -59,7 +62,9 @@ def load_part(
                 for plan in plans
             ),
         )
-        load = runtime.load if plans or not runtime.compiled else RUNTIMES["torch"].load
+        load = runtime.load
+        if runtime.name == "torch" or component.name in on_torch:
+            component, load = fused[component.name], RUNTIMES["torch"].load
         if streams:
             sessions[component.name] = stream_sessions(
                 component, files, load, weights.on_host(component), device
