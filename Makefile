@@ -39,9 +39,14 @@ $(VENV)/.stamp-dev: $(INPUTS)
 
 # A bare machine with a GPU: its own python3 with torch, Triton, pytest, safetensors and numpy. The
 # pieces are in order of importance and take at most ten minutes each; `make gpu-1` runs one alone.
-GPU_PIECES := 1 2 3
+# First tests, then measurements, which write bench/results/*.json.
+GPU_PIECES := 1 2 3 4 5 6
 GPU_1 := tests/gpu/test_runtime_on_gpu.py
-GPU_2 := tests/gpu tests/kernels
+GPU_2 := tests/kernels tests/bench
+GPU_3 := tests/gpu
+BENCH_4 := kernels
+BENCH_5 := block
+BENCH_6 := gpu_runtime
 
 gpu:
 	@failed=; for piece in $(GPU_PIECES); do \
@@ -49,10 +54,7 @@ gpu:
 	test -z "$$failed" || { echo "failed pieces:$$failed"; exit 1; }
 
 gpu-%:
-	PYTHONPATH=. timeout 600 python3 -m pytest -m gpu $(GPU_$*)
-
-gpu-3: # a measurement, into bench/results/gpu_runtime.json
-	PYTHONPATH=. timeout 600 python3 -m wantrt.bench.gpu_runtime
+	PYTHONPATH=. timeout 600 python3 -m $(if $(GPU_$*),pytest -m gpu $(GPU_$*),wantrt.bench.$(BENCH_$*))
 
 clean:
 	rm -rf $(VENV) build dist outputs .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """One transformer block at 32,760 tokens on a GPU: ours, the reference, diffusers; and the floor.
 
-    python -m wantrt.bench.block [--models 14b,1.3b] [--samples 10] [--minutes 8.5]
+    python -m wantrt.bench.block [--models 14b,1.3b] [--samples 10] [--minutes 7]
 
 Contenders get equal generated weights in bfloat16, equal inputs, and the fastest exact attention
 that torch has on this machine (each of its backends is timed first): the reference modules in eager
@@ -102,7 +102,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--models", type=models, default=list(MODELS), metavar="14b,1.3b")
     parser.add_argument("--samples", type=int, default=10, help="timed, of each contender")
     parser.add_argument(
-        "--minutes", type=float, default=8.5, help="nothing is compiled or begun after them"
+        "--minutes", type=float, default=7.0, help="nothing is compiled or begun after them"
     )
     return parser.parse_args(arguments)
 

@@ -1,0 +1,45 @@
+"""`make gpu` measures on a machine that has torch, Triton and numpy, and little else."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_layout import ABSENT_ON_THE_GPU_MACHINE
+
+ROOT = Path(__file__).parents[2]
+MAKEFILE = (ROOT / "Makefile").read_text()
+PIECES = dict(re.findall(r"^BENCH_(\d+) := (\S+)$", MAKEFILE, re.MULTILINE))
+
+
+def test_tests_come_before_measurements():
+    numbers = re.search(r"^GPU_PIECES := (.*)$", MAKEFILE, re.MULTILINE)[1].split()
+    tests = re.findall(r"^GPU_(\d+) := ", MAKEFILE, re.MULTILINE)
+    assert numbers == [*tests, *PIECES]
+    assert set(PIECES.values()) >= {"kernels", "block"}
+
+
+@pytest.mark.parametrize("name", PIECES.values())
+def test_measurement_loads_there(name):
+    code = f"""
+import runpy, sys
+for absent in {ABSENT_ON_THE_GPU_MACHINE}:
+    sys.modules[absent] = None  # importing it fails, as if it were not there
+sys.argv = ["{name}", "--help"]
+runpy.run_module("wantrt.bench.{name}", run_name="__main__")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--help" in result.stdout
+
+
+@pytest.mark.parametrize("number, name", PIECES.items())
+def test_make_runs_it(number, name):
+    told = subprocess.run(
+        ["make", "-n", f"gpu-{number}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split()[-3:] == ["python3", "-m", f"wantrt.bench.{name}"]
