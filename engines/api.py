@@ -3,11 +3,12 @@
 Both flavours ship without type information. Our code speaks to them only through these protocols:
 mypy refuses what is not declared here, and `tests/engines/test_api_surface.py` looks up every
 member declared here in the real bindings of both flavours. What only one of them has stands in a
-class whose name begins with `RTX`, and `engines/flavours.py` alone asks for it, by probing.
+class whose name begins with `RTX` or, for the data-centre flavour, `Full`; `engines/flavours.py`
+alone asks for it, by probing.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, SupportsInt
 
 from wantrt.linked import refuse_other_names
 
@@ -62,6 +63,10 @@ class MemoryPoolType(Protocol):
     def WORKSPACE(self) -> Enum: ...
 
 
+class NetworkDefinitionCreationFlag(Protocol):
+    """The one member that we name is not in both flavours."""
+
+
 class Severity(Protocol):
     """ILogger.Severity"""
 
@@ -88,6 +93,11 @@ class RTXComputeCapability(Protocol):
 class RTXBuilderFlag(BuilderFlag, Protocol):
     @property
     def REQUIRE_USER_ALLOCATION(self) -> Enum: ...
+
+
+class FullNetworkDefinitionCreationFlag(NetworkDefinitionCreationFlag, Protocol):
+    @property
+    def PREFER_AOT_PYTHON_PLUGINS(self) -> SupportsInt: ...
 
 
 class RTXDynamicShapesKernelSpecializationStrategy(Protocol):
@@ -182,6 +192,55 @@ class Builder(Protocol):
     def build_serialized_network(
         self, network: NetworkDefinition, config: BuilderConfig
     ) -> HostMemory | None: ...
+
+
+# -- Plugins: `tensorrt.plugin`, whose classes we also name in signatures --------------------------
+
+
+class FullShapeExpr(Protocol):
+    """A size: a number, or an expression in sizes that are known when the plan runs."""
+
+    @property
+    def is_fake(self) -> bool: ...
+    @property
+    def is_constant(self) -> bool: ...
+    def constant_value(self) -> int: ...
+
+
+class FullShapeExprs(Protocol):
+    def __iter__(self) -> Iterator[FullShapeExpr]: ...
+
+
+class FullTensorDesc(Protocol):
+    @property
+    def dtype(self) -> Enum: ...
+    @property
+    def shape_expr(self) -> FullShapeExprs: ...
+
+
+class FullSymInt32(Protocol):
+    """An argument of a kernel."""
+
+
+class FullSymIntExprs(Protocol):
+    def __setitem__(self, index: int, value: FullSymInt32) -> None: ...
+
+
+class FullPluginModule(Protocol):
+    """`tensorrt.plugin`. The three that take a plugin's name decorate its functions."""
+
+    TensorDesc: type
+    KernelLaunchParams: type
+    SymIntExprs: type
+    SymInt32: type
+    AutoTuneCombination: type
+
+    def register(self, plugin_id: str) -> Callable[[object], object]: ...
+    def autotune(self, plugin_id: str) -> Callable[[object], object]: ...
+    def aot_impl(self, plugin_id: str) -> Callable[[object], object]: ...
+    def from_shape_expr(
+        self, shape_expr: tuple[FullShapeExpr | int, ...], dtype: Enum
+    ) -> FullTensorDesc: ...
 
 
 # -- Running --------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ builds; 10 blocks of 14B take a few seconds and half a GiB, because bound weight
 baked ones are read where they lie.
 """
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import torch
 from torch import Tensor
 
@@ -20,7 +22,9 @@ from wantrt.engines.network import (
     fill_sizes,
     read_graph,
     turn_into_constants,
+    turn_into_plugins,
 )
+from wantrt.engines.plugins import plugin_names, register_plugins
 from wantrt.engines.requests import PlanRequest
 from wantrt.errors import BuildError, CancelledError
 from wantrt.folder import Progress, cache_folder, silent, write_atomic
@@ -28,6 +32,8 @@ from wantrt.linked import refuse_other_names
 from wantrt.models.components import Component
 
 refuse_other_names(__spec__)
+
+log = logging.getLogger(__name__)
 
 PERCENT = 100
 
@@ -47,7 +53,9 @@ def build_plan(
     name = request.component.name
     flavour.last_errors()
     builder = flavour.builder()
-    network = builder.create_network(0)  # strongly typed; there is no other kind
+    if request.plugins:
+        register_plugins(flavour)
+    network = builder.create_network(flavour.network_flags(request.plugins))
     parser = flavour.parser(network)  # keeps what it parsed alive until the plan is built
     _parse(flavour, request, parser, network)
     config = _configure(flavour, request, builder)
@@ -96,6 +104,8 @@ def _parse(
     fill_sizes(model, {**component.inputs, **component.outputs}, request.symbols)
     allow_decomposition(model)
     turn_into_constants(model, request.baked)
+    if request.plugins:
+        _use_plugins(component, model)
     read = parser.load_model_proto(model.SerializeToString(), "")
     for name, tensor in request.baked.items():
         _check_weight(component, name, tensor)
@@ -107,6 +117,13 @@ def _parse(
             "If the file is damaged, make it anew: wantrt build --check"
         )
     check_network(flavour, component, model, network)
+
+
+def _use_plugins(component: Component, model: onnx.ModelProto) -> None:
+    used = turn_into_plugins(model, plugin_names())
+    if not used:
+        raise BuildError(f"{component.name} has no node that a plugin could take: build it without")
+    log.info("%s: plugins for %s", component.name, ", ".join(used))
 
 
 def _check_weight(component: Component, name: str, tensor: Tensor) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from wantrt.engines.apart import build_apart
 from wantrt.engines.flavours import Flavour
+from wantrt.engines.plugins import hash_plugins
 from wantrt.engines.requests import PlanRequest
 from wantrt.errors import BuildError
 from wantrt.folder import PART_SUFFIX, Progress, cache_folder, sha256_of, silent
@@ -101,6 +102,7 @@ def plan_key(flavour: Flavour, request: PlanRequest) -> str:
         "flavour": [flavour.name, flavour.version],
         "cuda": None if flavour.builds_without_gpu else torch.version.cuda,
         "code": hash_code(),
+        "plugins": hash_plugins() if request.plugins else None,
     }
     return sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 

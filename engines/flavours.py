@@ -87,6 +87,7 @@ def find_flavour(name: str) -> "Flavour":
 class Module(Protocol):
     """What we use of the Python module itself. `RTX`: see engines/api.py."""
 
+    __name__: str
     __version__: str
     ILogger: type
     IProgressMonitor: type
@@ -108,6 +109,8 @@ class Module(Protocol):
     @property
     def MemoryPoolType(self) -> api.MemoryPoolType: ...
     @property
+    def NetworkDefinitionCreationFlag(self) -> api.NetworkDefinitionCreationFlag: ...
+    @property
     def TensorIOMode(self) -> api.TensorIOMode: ...
 
 
@@ -127,6 +130,7 @@ class Flavour:
 
     builds_without_gpu: it compiles for `served_targets` on any machine; the other only for the GPU
     of this one. has_timing_cache: it tries kernels while it builds, and remembers the times.
+    takes_plugins: it takes kernels of ours into a plan.
     """
 
     def __init__(self, name: str, module: Module) -> None:
@@ -138,6 +142,7 @@ class Flavour:
         self.builds_without_gpu = self._rtx is not None
         # Where kernels are compiled when a context is made, nothing is timed at build.
         self.has_timing_cache = not hasattr(module, "IRuntimeCache")
+        self.takes_plugins = hasattr(module, "QuickPluginCreationRequest")
         types = module.DataType
         self._dtypes = {
             types.FLOAT: torch.float32,
@@ -213,10 +218,30 @@ class Flavour:
         validity, _ = cast(api.RTXRuntime, runtime).get_engine_validity(plan)
         return validity == self._rtx.EngineValidity.INVALID
 
+    def plugin_module(self) -> api.FullPluginModule:
+        """`tensorrt.plugin`. Raises SettingsError where it has none."""
+        if not self.takes_plugins:
+            raise SettingsError(f"{self.name} takes no plugins: build without them")
+        return cast(api.FullPluginModule, import_module(f"{self.module.__name__}.plugin"))
+
+    def network_flags(self, plugins: bool) -> int:
+        """How a network is made: strongly typed, there is no other kind."""
+        if not plugins:
+            return 0
+        flags = self.module.NetworkDefinitionCreationFlag
+        preferred = cast(api.FullNetworkDefinitionCreationFlag, flags).PREFER_AOT_PYTHON_PLUGINS
+        return 1 << int(preferred)
+
     # -- Types and modes --
 
     def torch_dtype(self, dtype: api.Enum) -> torch.dtype:
+        """Raises BuildError for a type that none of our tensors has."""
+        if dtype not in self._dtypes:
+            raise BuildError(f"a tensor is {dtype.name}, which none of ours should be")
         return self._dtypes[dtype]
+
+    def own_dtype(self, dtype: torch.dtype) -> api.Enum:
+        return next(own for own, known in self._dtypes.items() if known == dtype)
 
     def is_input(self, mode: api.Enum) -> bool:
         return mode == self.module.TensorIOMode.INPUT
@@ -238,7 +263,7 @@ class Flavour:
         name of that GPU. Raises SettingsError for a target that it does not serve.
         """
         wanted = tuple(dict.fromkeys(target.lower() for target in requested))
-        here = _gpu_target()
+        here = gpu_target()
         if self._rtx is None:
             if here is None or set(wanted) - {here}:
                 raise SettingsError(
@@ -278,6 +303,10 @@ class Flavour:
 
     # -- Errors --
 
+    def report(self, error: BaseException) -> None:
+        """Keep an error of ours that cannot fly through TensorRT, for `last_errors`."""
+        self._errors.append(str(error))
+
     def last_errors(self) -> str:
         """The last errors that TensorRT logged, one a line, and forget them."""
         text = "\n".join(self._errors)
@@ -296,7 +325,7 @@ def check_precision(precision: str, targets: Sequence[str]) -> None:
         raise SettingsError(
             "TensorRT has no fused attention in fp32. Take bf16, or fp16 for Turing (sm75)."
         )
-    capabilities = {target if target.startswith("sm") else _gpu_target() for target in targets}
+    capabilities = {target if target.startswith("sm") else gpu_target() for target in targets}
     lacking = [target for target in NO_BFLOAT16 if target in capabilities]
     if precision == "bf16" and lacking:
         raise SettingsError(
@@ -305,7 +334,7 @@ def check_precision(precision: str, targets: Sequence[str]) -> None:
         )
 
 
-def _gpu_target() -> str | None:
+def gpu_target() -> str | None:
     """The compute capability of the GPU of this machine, "sm89"; None without a GPU."""
     if not torch.cuda.is_available():
         return None

@@ -4,7 +4,7 @@ The graph on disk stays as it is; these are edits of a copy in memory. Baked wei
 the model only says that they lie elsewhere, and the parser is given their addresses.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from wantrt.session import Range, TensorSpec
 
 refuse_other_names(__spec__)
 
+NODE_DOMAIN = "wantrt"  # of nodes that bring their definition along
+PLUGIN_NAMESPACE = "wantrt_plugins"  # another, so that a plan without plugins finds none
 ELSEWHERE = "baked.bin"  # no such file: the parser is given the addresses
 
 
@@ -63,6 +65,24 @@ def allow_decomposition(model: onnx.ModelProto) -> None:
     for node in attentions(model):
         if is_decomposable(node):
             node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
+
+
+def turn_into_plugins(model: onnx.ModelProto, names: Collection[str]) -> list[str]:
+    """Let nodes of these types be plugins: they lose their definition. Returns their types.
+
+    Not left to the parser, which would take a definition where it knows no plugin, and a plugin
+    wherever this process has registered one.
+    """
+    found = set()
+    for node in model.graph.node:
+        if node.domain == NODE_DOMAIN and node.op_type in names:
+            found.add(node.op_type)
+            node.domain = PLUGIN_NAMESPACE
+            for key, value in (("namespace", PLUGIN_NAMESPACE), ("version", "1")):
+                node.attribute.append(helper.make_attribute(f"plugin_{key}", value))
+    if found:
+        model.opset_import.append(helper.make_opsetid(PLUGIN_NAMESPACE, 1))
+    return sorted(found)
 
 
 def attentions(model: onnx.ModelProto) -> list[onnx.NodeProto]:

@@ -34,7 +34,8 @@ class PlanRequest:
 
     symbols: the sizes it shall serve; equal ends are static. targets: "sm89", …; for the flavour
     that builds on its own GPU, the name of that GPU. baked: weights that become constants, by their
-    names in the graph; empty: they are inputs.
+    names in the graph; empty: they are inputs. plugins: nodes that we have a kernel for are that
+    kernel, not their definition; only a flavour that `takes_plugins` can.
     """
 
     component: Component
@@ -43,6 +44,7 @@ class PlanRequest:
     targets: tuple[str, ...]
     baked: Mapping[str, Tensor] = field(default_factory=dict)
     tf32: bool = False
+    plugins: bool = False
 
 
 @dataclass(frozen=True)

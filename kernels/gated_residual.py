@@ -7,12 +7,26 @@ holds one token in registers.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from wantrt.kernels.aot import (
+    FLOAT32,
+    ROWS,
+    Attributes,
+    Dtypes,
+    Operand,
+    Operands,
+    Plugin,
+    output_dtype,
+    token_launch,
+)
 from wantrt.kernels.arguments import (
+    FLOATS,
     require,
     require_contiguous,
     require_device,
@@ -301,3 +315,44 @@ def _check(
     strides = require_modulation(op, modulation, x, token_row)
     require_device(op, x)
     return strides
+
+
+def _sum_and_norm(inputs: Operands, node: Attributes) -> tuple[Operand, ...]:
+    x = inputs["x"]
+    return x, Operand(x.shape, output_dtype(node))
+
+
+def _plugins(rows: str, token_row: Dtypes) -> Iterator[Plugin]:
+    residual = {"x": FLOAT32, "y": FLOATS}
+    gated = {**residual, "gate": FLOAT32}
+    yield Plugin(
+        name=f"GatedResidual{rows}",
+        kernel=gated_residual_kernel,
+        inputs={**gated, **token_row},
+        outputs=("out",),
+        attributes={},
+        infer=lambda inputs, node: (inputs["x"],),
+        launch=lambda inputs, node: token_launch(inputs["x"], inputs["gate"]),
+    )
+    for prefix, summands in (("Gated", gated), ("", residual)):
+        yield Plugin(
+            name=f"{prefix}ResidualModulate{rows}",
+            kernel=gated_residual_modulate_kernel,
+            inputs={**summands, "shift": FLOAT32, "scale": FLOAT32, **token_row},
+            outputs=("sum", "out"),
+            attributes={"eps": float, "dtype": int},
+            infer=_sum_and_norm,
+            launch=lambda inputs, node: token_launch(inputs["x"], inputs["shift"], EPS=node["eps"]),
+        )
+    yield Plugin(
+        name=f"GatedResidualNorm{rows}",
+        kernel=gated_residual_norm_kernel,
+        inputs={**gated, "weight": FLOATS, "bias": FLOATS, **token_row},
+        outputs=("sum", "out"),
+        attributes={"eps": float, "dtype": int},
+        infer=_sum_and_norm,
+        launch=lambda inputs, node: token_launch(inputs["x"], inputs["gate"], EPS=node["eps"]),
+    )
+
+
+PLUGINS = tuple(plugin for rows in ROWS for plugin in _plugins(*rows))

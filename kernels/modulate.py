@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wantrt.kernels.aot import (
+    FLOAT32,
+    ROWS,
+    Operand,
+    Plugin,
+    output_dtype,
+    token_launch,
+)
 from wantrt.kernels.arguments import (
+    FLOATS,
     require,
     require_contiguous,
     require_device,
@@ -115,3 +124,17 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+PLUGINS = tuple(
+    Plugin(
+        name=f"Modulate{rows}",
+        kernel=modulate_kernel,
+        inputs={"x": FLOATS, "shift": FLOAT32, "scale": FLOAT32, **token_row},
+        outputs=("out",),
+        attributes={"eps": float, "dtype": int},
+        infer=lambda inputs, node: (Operand(inputs["x"].shape, output_dtype(node)),),
+        launch=lambda inputs, node: token_launch(inputs["x"], inputs["shift"], EPS=node["eps"]),
+    )
+    for rows, token_row in ROWS
+)

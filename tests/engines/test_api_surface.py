@@ -6,42 +6,32 @@ to work, not to be looked at: stubs let them import.
 """
 
 import ast
-import json
-import os
-import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.engines.stubs import make_stubs, run_on_stubs
+
 ROOT = Path(__file__).resolve().parents[2]
 DECLARED_IN = (ROOT / "engines" / "api.py", ROOT / "engines" / "flavours.py")
-ONE_FLAVOUR = "RTX"  # begins the name of a protocol that only TensorRT-RTX has
+ONE_FLAVOUR = {"RTX": "tensorrt_rtx", "Full": "tensorrt"}  # begins what only one of them has
 REAL_NAMES = {"Engine": "ICudaEngine", "Severity": "ILogger.Severity", "Enum": "LayerType"}
 MODULE = "Module"
 BUFFER = "__buffer__"  # Python's own name for the buffer protocol, from 3.12 on
-STUB_LIBRARIES = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
-STUB_FUNCTIONS = (
-    "createInferBuilder_INTERNAL",
-    "createInferRefitter_INTERNAL",
-    "createInferRuntime_INTERNAL",
-    "createNvOnnxParserRefitter_INTERNAL",
-    "createNvOnnxParser_INTERNAL",
-    "getBuilderPluginRegistry",
-    "getInferLibVersion",
-    "getNvOnnxParserVersion",
-    "getPluginRegistry",
-    "initLibNvInferPlugins",
-)
 DUMP = """
 import importlib, json, sys
 module = importlib.import_module(sys.argv[1])
 found = {name: value for name, value in vars(module).items() if isinstance(value, type)}
 found["ILogger.Severity"] = module.ILogger.Severity
-surface = {name: dir(value) for name, value in found.items()}
-print(json.dumps({**surface, "Module": dir(module), "version": [module.__version__]}))
+modules = {"Module": module}
+if sys.argv[1] == "tensorrt_bindings":  # of the other one, tensorrt_rtx.plugin is empty
+    sys.modules["tensorrt"] = module
+    modules["PluginModule"] = importlib.import_module("tensorrt_bindings.plugin")
+    plugin = vars(modules["PluginModule"])
+    found.update({name: plugin[name] for name in plugin["__all__"]})
+surface = {name: dir(value) for name, value in {**found, **modules}.items()}
+print(json.dumps({**surface, "version": [module.__version__]}))
 """
 
 Members = dict[str, list[str]]  # class -> members
@@ -67,58 +57,41 @@ def problems(members: Members, full: Members, rtx: Members) -> list[str]:
     """Whatever is declared and not there; or declared for one flavour and there in both."""
     found = []
     for protocol, names in members.items():
-        only_rtx = protocol.startswith(ONE_FLAVOUR)
+        only = next((ONE_FLAVOUR[p] for p in ONE_FLAVOUR if protocol.startswith(p)), None)
         for name in names:
             if name == BUFFER:
                 continue
-            if name not in real_class(protocol, rtx):
-                found.append(f"tensorrt_rtx has no {protocol}.{name}")
-            if not only_rtx and name not in real_class(protocol, full):
-                found.append(f"tensorrt has no {protocol}.{name}")
-            if only_rtx and name in real_class(protocol, full):
-                found.append(f"tensorrt has {protocol}.{name} too: no probe is needed")
+            for flavour, surface in (("tensorrt_rtx", rtx), ("tensorrt", full)):
+                has = name in real_class(protocol, surface)
+                if not has and only in (flavour, None):
+                    found.append(f"{flavour} has no {protocol}.{name}")
+                if has and only not in (flavour, None):
+                    found.append(f"{flavour} has {protocol}.{name} too: no probe is needed")
     return found
 
 
+def common_name(protocol: str) -> str:
+    for prefix in ONE_FLAVOUR:
+        protocol = protocol.removeprefix(prefix)
+    return protocol
+
+
 def real_class(protocol: str, surface: Members) -> list[str]:
-    name = protocol.removeprefix(ONE_FLAVOUR)
+    name = common_name(protocol)
     name = REAL_NAMES.get(name, name)
     return surface.get(f"I{name}", surface.get(name, []))
-
-
-def dump(module: str, libraries: Path | None = None) -> Members:
-    """Every class of a real binding with its members, read in a process of its own."""
-    environment = dict(os.environ)
-    if libraries:
-        environment["LD_LIBRARY_PATH"] = str(libraries)
-    done = subprocess.run(
-        [sys.executable, "-c", DUMP, module], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def rtx() -> Members:
     pytest.importorskip("tensorrt_rtx")
-    return dump("tensorrt_rtx")
+    return run_on_stubs("-c", DUMP, "tensorrt_rtx")
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory) -> Members:
-    """The bindings of TensorRT 11 over libraries whose every function returns 0."""
-    if find_spec("tensorrt_bindings") is None:
-        pytest.skip("tensorrt-cu13-bindings is not installed: pip install 'wantrt[dev]'")
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("there is no C compiler (cc) to make stubs of TensorRT's libraries")
-    folder = tmp_path_factory.mktemp("stubs")
-    source = folder / "stubs.c"
-    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in STUB_FUNCTIONS))
-    for library in STUB_LIBRARIES:
-        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", library, source]
-        subprocess.run(command, check=True, cwd=folder)
-    return dump("tensorrt_bindings", folder)
+    libraries = make_stubs(tmp_path_factory.mktemp("stubs"))
+    return run_on_stubs("-c", DUMP, "tensorrt_bindings", libraries=libraries)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +111,9 @@ def test_the_declarations_are_read(declared):
     assert "set_tensor_address" in declared["ExecutionContext"]
     assert "max_aux_streams" in declared["BuilderConfig"]
     assert {"Builder", "Runtime", "OnnxParser"} <= set(declared[MODULE])
+    assert {"register", "autotune", "aot_impl", "from_shape_expr"} <= set(
+        declared["FullPluginModule"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,6 +124,9 @@ def test_the_declarations_are_read(declared):
         ("Builder", "build_engine_with_config", ["tensorrt_rtx has no"]),
         ("LayerType", "MULTI_HEAD_ATTENTION", ["tensorrt_rtx has no", "tensorrt has no"]),
         ("RTXExecutionContext", "set_aux_streams", ["tensorrt has RTXExecutionContext"]),
+        ("FullPluginModule", "launch", ["tensorrt has no"]),
+        ("FullTensorDesc", "data_ptr", ["tensorrt has no"]),
+        ("FullNetworkDefinitionCreationFlag", "STRONGLY_TYPED", ["tensorrt_rtx has Full"]),
         ("Module", "ComputeCapability", ["tensorrt has no"]),
         ("NoSuchClass", "x", ["tensorrt_rtx has no", "tensorrt has no"]),
     ],
@@ -170,15 +149,17 @@ def test_probes_tell_the_flavours_apart(full, rtx):
     }
     assert len(probes) > 4
     for probe in probes:
-        assert any(probe in members for members in rtx.values()), probe
-        assert not any(probe in members for members in full.values()), probe
+        in_rtx, in_full = (
+            any(probe in members for members in surface.values()) for surface in (rtx, full)
+        )
+        assert in_rtx != in_full, probe
 
 
 def test_protocols_for_one_flavour_extend_the_common_ones():
     _, bases = declared_members(*(path.read_text() for path in DECLARED_IN))
     for protocol, extended in bases.items():
-        common = protocol.removeprefix(ONE_FLAVOUR)
-        expected = [common] if protocol.startswith(ONE_FLAVOUR) and common in bases else []
+        common = common_name(protocol)
+        expected = [common] if common != protocol and common in bases else []
         assert extended == expected, protocol
 
 
