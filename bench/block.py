@@ -138,6 +138,7 @@ def measure(
     model: Model, samples: int, copy_rate: float, matmul_rate: float, deadline: float
 ) -> Row:
     """One block: floor, attention backends, contenders."""
+    torch._dynamo.reset()  # what was compiled for another model would count against this one
     config = model.config
     random = Random(DEVICE, 0)
     weights = make_weights(config, random)
@@ -203,7 +204,6 @@ def our_ops() -> Ops:
 
 
 def compiled(run: Run) -> Run:
-    torch._dynamo.reset()
     return torch.compile(run, dynamic=False, fullgraph=True)
 
 

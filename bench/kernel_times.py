@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 
 from wantrt.linked import refuse_other_names
 
@@ -65,7 +64,7 @@ def collect(events: Iterable[Any], repeats: int) -> dict[str, KernelTime]:
     """What ran on the device, without the ranges that cover several kernels."""
     times: dict[str, KernelTime] = {}
     for event in events:
-        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+        if event.device_type.name != "CUDA" or event.is_user_annotation:
             continue
         if event.name.startswith("##"):  # a range of torch.compile around a whole graph
             continue

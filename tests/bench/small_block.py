@@ -3,4 +3,4 @@
 from wantrt.config import DiTConfig
 
 CONFIG = DiTConfig(dim=256, ffn_dim=320, num_heads=2, num_layers=1, text_len=7)
-LATENT = (3, 4, 6)  # 18 tokens
+LATENT = (2, 4, 6)  # 12 tokens

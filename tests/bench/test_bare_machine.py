@@ -21,20 +21,18 @@ def test_tests_come_before_measurements():
     assert set(PIECES.values()) >= {"kernels", "block"}
 
 
-@pytest.mark.parametrize("name", PIECES.values())
-def test_measurement_loads_there(name):
+def test_measurements_load_there():
     code = f"""
-import runpy, sys
+import importlib, sys
 for absent in {ABSENT_ON_THE_GPU_MACHINE}:
     sys.modules[absent] = None  # importing it fails, as if it were not there
-sys.argv = ["{name}", "--help"]
-runpy.run_module("wantrt.bench.{name}", run_name="__main__")
+for name in {list(PIECES.values())}:
+    importlib.import_module(f"wantrt.bench.{{name}}")
 """
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert "--help" in result.stdout
 
 
 @pytest.mark.parametrize("number, name", PIECES.items())
