@@ -193,5 +193,10 @@ def ceil_div(size: Size, divisor: int) -> Size:
     return (size + (divisor - 1)) // divisor
 
 
+def is_multiple_of_16(size: Size) -> bool:
+    """Whether it is known to be one: an expression is not."""
+    return isinstance(size, int) and size % 16 == 0
+
+
 def _pointers(names: Sequence[str] | Mapping[str, object]) -> Iterator[str]:
     return (f"{name}_ptr" for name in names)

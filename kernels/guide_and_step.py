@@ -11,7 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wantrt.kernels.aot import (
+    FLOAT32,
+    INT64,
+    Attributes,
+    Launch,
+    Operands,
+    Plugin,
+    ceil_div,
+    is_multiple_of_16,
+    product,
+)
 from wantrt.kernels.arguments import (
+    FLOATS,
     refuse,
     require,
     require_contiguous,
@@ -135,3 +147,35 @@ def _(
     index: Tensor,
 ) -> None:
     return None
+
+
+def _launch(inputs: Operands, node: Attributes) -> Launch:
+    elements = product(*inputs["sample"].shape)
+    return Launch(
+        grid=(ceil_div(elements, BLOCK),),
+        constants={"BLOCK": BLOCK},
+        scalars={"elements": elements},
+        multiples_of_16=("elements",) if is_multiple_of_16(elements) else (),
+    )
+
+
+PLUGINS = (
+    Plugin(
+        name="GuideAndStep",
+        kernel=guide_and_step_kernel,
+        inputs={
+            "sample": FLOAT32,
+            "x0": FLOAT32,
+            "delta": FLOAT32,
+            "conditional": FLOATS,
+            "unconditional": FLOATS,
+            "guidance_scale": FLOAT32,
+            "rows": FLOAT32,
+            "index": INT64,
+        },
+        outputs=("new_sample", "new_x0", "new_delta"),
+        attributes={},
+        infer=lambda inputs, node: (inputs["sample"],) * 3,
+        launch=_launch,
+    ),
+)

@@ -12,7 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wantrt.kernels.aot import (
+    FLOAT32,
+    Attributes,
+    Launch,
+    Operand,
+    Operands,
+    Plugin,
+    next_power_of_2,
+    product,
+    static,
+)
 from wantrt.kernels.arguments import (
+    FLOATS,
     refuse,
     require,
     require_contiguous,
@@ -158,3 +170,52 @@ def _empty(qkv: Tensor, num_heads: int, heads_first: bool) -> Tensor:
     if heads_first:
         return qkv.new_empty(batch, num_heads, seq_len, head_dim)
     return qkv.new_empty(batch, seq_len, num_heads, head_dim).transpose(1, 2)
+
+
+def _infer(inputs: Operands, node: Attributes) -> tuple[Operand, Operand]:
+    batch, seq_len, _ = inputs["qkv"].shape
+    head_dim = inputs["cos"].shape[1] * 2
+    out = Operand((batch, node["num_heads"], seq_len, head_dim), inputs["qkv"].dtype)
+    return out, out
+
+
+def _launch(inputs: Operands, node: Attributes) -> Launch:
+    batch, seq_len, width = inputs["qkv"].shape
+    width = static(width, "the number of channels")
+    block = next_power_of_2(width // 3)
+    return Launch(
+        grid=(product(2, batch, seq_len),),
+        constants={
+            "EPS": node["eps"],
+            "HEADS": node["num_heads"],
+            "HEAD_DIM": width // (3 * node["num_heads"]),
+            "BLOCK": block,
+            "HEADS_FIRST": True,
+        },
+        scalars={
+            "seq_len": seq_len,
+            "batch_stride": product(seq_len, width),
+            "token_stride": width,
+        },
+        multiples_of_16=("batch_stride", "token_stride") if width % 16 == 0 else (),
+        num_warps=warps(block),
+    )
+
+
+PLUGINS = (
+    Plugin(
+        name="QkNormRope",
+        kernel=qk_norm_rope_kernel,
+        inputs={
+            "qkv": FLOATS,
+            "q_weight": FLOATS,
+            "k_weight": FLOATS,
+            "cos": FLOAT32,
+            "sin": FLOAT32,
+        },
+        outputs=("q", "k"),
+        attributes={"num_heads": int, "eps": float},
+        infer=_infer,
+        launch=_launch,
+    ),
+)

@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wantrt.kernels.aot import (
+    Attributes,
+    Launch,
+    Operands,
+    Plugin,
+    next_power_of_2,
+    product,
+    static,
+)
 from wantrt.kernels.arguments import (
+    FLOATS,
     refuse,
     require,
     require_contiguous,
@@ -87,3 +97,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @rms_norm.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _launch(inputs: Operands, node: Attributes) -> Launch:
+    *rows, channels = inputs["x"].shape
+    channels = static(channels, "the number of channels")
+    block = next_power_of_2(channels)
+    return Launch(
+        grid=(product(1, *rows),),
+        constants={"EPS": node["eps"], "CHANNELS": channels, "BLOCK": block},
+        scalars={"x_stride": channels},
+        multiples_of_16=("x_stride",) if channels % 16 == 0 else (),
+        num_warps=warps(block),
+    )
+
+
+PLUGINS = (
+    Plugin(
+        name="RmsNorm",
+        kernel=rms_norm_kernel,
+        inputs={"x": FLOATS, "weight": FLOATS},
+        outputs=("out",),
+        attributes={"eps": float},
+        infer=lambda inputs, node: (inputs["x"],),
+        launch=_launch,
+    ),
+)

@@ -12,7 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wantrt.kernels.aot import (
+    Attributes,
+    Launch,
+    Operands,
+    Plugin,
+    ceil_div,
+    is_multiple_of_16,
+    next_power_of_2,
+    product,
+    static,
+)
 from wantrt.kernels.arguments import (
+    FLOATS,
     refuse,
     require,
     require_contiguous,
@@ -163,3 +175,37 @@ def _check_frames(op: str, x: Tensor, out: Tensor) -> None:
     frame_is_contiguous = (width == 1 or x.stride(4) == 1) and (height == 1 or x.stride(3) == width)
     if not frame_is_contiguous or out.stride() != x.stride():
         refuse(op, f"x has strides {x.stride()}, neither channels first nor last: .contiguous()")
+
+
+def _launch(inputs: Operands, node: Attributes) -> Launch:
+    batch, channels, *frame = inputs["x"].shape
+    channels = static(channels, "the number of channels")
+    positions = product(*frame)
+    block = next_power_of_2(channels)
+    tile = positions_last(block)
+    strides = {
+        "batch_stride": product(channels, positions),
+        "channel_stride": positions,
+        "frame_stride": 0,  # all frames are taken as one
+    }
+    scalars = {"positions": positions, **strides}
+    return Launch(
+        grid=(ceil_div(positions, tile), 1, batch),
+        constants={"CHANNELS": channels, "BLOCK": block, "POSITIONS": tile},
+        scalars=scalars,
+        multiples_of_16=tuple(scalars) if is_multiple_of_16(positions) else (),
+        num_warps=warps(block * tile),
+    )
+
+
+PLUGINS = (
+    Plugin(
+        name="RmsSilu",
+        kernel=channels_first_kernel,
+        inputs={"x": FLOATS, "gamma": FLOATS},
+        outputs=("out",),
+        attributes={},
+        infer=lambda inputs, node: (inputs["x"],),
+        launch=_launch,
+    ),
+)

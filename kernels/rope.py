@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wantrt.kernels.aot import (
+    FLOAT32,
+    Attributes,
+    Launch,
+    Operands,
+    Plugin,
+    next_power_of_2,
+    product,
+    static,
+)
 from wantrt.kernels.arguments import (
+    FLOATS,
     refuse,
     require,
     require_contiguous,
@@ -109,3 +120,35 @@ def require_angles(
     for name, table in (("cos", cos), ("sin", sin)):
         require(op, name, table, (seq_len, head_dim // 2), x.device, (torch.float32,))
         require_contiguous(op, name, table)
+
+
+def _launch(inputs: Operands, node: Attributes) -> Launch:
+    batch, heads, seq_len, head_dim = inputs["x"].shape
+    heads, head_dim = static(heads, "the number of heads"), static(head_dim, "their width")
+    block = next_power_of_2(heads * head_dim)
+    strides = {
+        "batch_stride": product(heads * head_dim, seq_len),
+        "head_stride": product(head_dim, seq_len),
+        "token_stride": head_dim,
+    }
+    strides = {f"{which}_{name}": s for which in ("x", "out") for name, s in strides.items()}
+    return Launch(
+        grid=(product(batch, seq_len),),
+        constants={"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK": block},
+        scalars={"seq_len": seq_len, **strides},
+        multiples_of_16=tuple(strides) if head_dim % 16 == 0 else (),
+        num_warps=warps(block),
+    )
+
+
+PLUGINS = (
+    Plugin(
+        name="Rope",
+        kernel=rope_kernel,
+        inputs={"x": FLOATS, "cos": FLOAT32, "sin": FLOAT32},
+        outputs=("out",),
+        attributes={},
+        infer=lambda inputs, node: (inputs["x"],),
+        launch=_launch,
+    ),
+)
