@@ -1,7 +1,8 @@
-"""Bound or baked: which is faster on this GPU? Both are run side by side, and the clock decides.
+"""Which way of compiling a component is fastest on this GPU? All are run side by side.
 
 Bound weights let one small plan serve all blocks; baked ones may be laid out as the kernels like
-them best. No rule says which wins, so a build on a GPU asks it.
+them best. A kernel of ours in a plan saves passes over memory, but TensorRT fuses nothing across
+it. No rule says which wins, so a build on a GPU asks it.
 """
 
 import time
@@ -30,52 +31,61 @@ LARGEST_ERROR = 3e-2  # ‖a − b‖ / ‖b‖, as bf16 components may differ f
 
 @dataclass(frozen=True)
 class Measured:
-    """Median seconds of one run of a component, by where its weights are."""
+    """Median seconds of one run of a component, by the way it was compiled, simplest first."""
 
-    bound_s: float
-    baked_s: float
-    relative_error: float  # of one from the other
+    seconds: dict[str, float]
+    relative_error: float  # the largest of a way, from the first
 
     @property
-    def faster(self) -> str:
-        """ "bound" where they are equal: it is smaller and serves every instance."""
-        return "baked" if self.baked_s < self.bound_s else "bound"
+    def fastest(self) -> str:
+        """The first of equals."""
+        return min(self.seconds, key=self.seconds.__getitem__)
 
 
-def compare_weights(
+def compare_plans(
     component: Component,
-    bound: tuple[PlanRecord, Path],
-    baked: tuple[PlanRecord, Path],
+    plans: Mapping[str, tuple[PlanRecord, Path]],
     weights: Tensors,
     device: Device,
     flavour: Flavour,
 ) -> Measured:
-    """Run the first instance of `component` both ways on `device`, at the typical sizes.
+    """Run the first instance of `component` by each of `plans` on `device`, at the typical sizes.
 
-    weights: prepared tensors of the part, anywhere. Raises BuildError if the two disagree.
+    plans: by the way they were compiled, at least two. weights: prepared tensors of the part, anywhere. Raises
+    BuildError if a plan disagrees with the first.
     """
-    typical = {symbol: size for symbol, (_, size, _) in bound[0].symbols.items()}
+    records = [record for record, _ in plans.values()]
+    typical = {symbol: size for symbol, (_, size, _) in records[0].symbols.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in plans}
     with torch.inference_mode(), device.stream():
         moved = {name: tensor.to(device.torch_device) for name, tensor in weights.items()}
-        (first, *_) = load_sessions(component, [bound], moved, device, flavour)
-        (second, *_) = load_sessions(component, [baked], {}, device, flavour)
+        sessions = {
+            way: load_sessions(component, [plan], {} if plan[0].part else moved, device, flavour)[0]
+            for way, plan in plans.items()
+        }
         inputs = _make_inputs(component, typical, device)
-        results = [
-            {name: t.clone() for name, t in session.run(inputs).items()}
-            for session in (first, second)
-        ]
+        results = {
+            way: {name: t.clone() for name, t in session.run(inputs).items()}
+            for way, session in sessions.items()
+        }
         device.synchronize()
-        error = max(_distance(results[1][name], expected) for name, expected in results[0].items())
-        seconds: tuple[list[float], list[float]] = ([], [])
+        simplest, first = next(iter(results.items()))
+        errors = {
+            way: max(_distance(result[name], first[name]) for name in first)
+            for way, result in results.items()
+            if way != simplest
+        }
         for _ in range(ROUNDS):
-            for session, into in zip((first, second), seconds, strict=True):
-                into.append(_time(session, inputs, results[0], device))
-    if not error <= LARGEST_ERROR:
-        raise BuildError(
-            f"{component.name}: its bound and its baked plan differ by {error:.1e} of scale "
-            f"(at most {LARGEST_ERROR:.0e}). Take one with --weights, and run wantrt verify on it."
-        )
-    return Measured(median(seconds[0]), median(seconds[1]), error)
+            for way, session in sessions.items():
+                seconds[way].append(_time(session, inputs, first, device))
+    for way, error in errors.items():
+        if not error <= LARGEST_ERROR:
+            raise BuildError(
+                f"{component.name}: its plan {way} differs by {error:.1e} of scale from the one "
+                f"{simplest} (at most {LARGEST_ERROR:.0e}). Choose with --weights and "
+                "--plugins, and run wantrt verify on the bundle."
+            )
+    return Measured({way: median(times) for way, times in seconds.items()}, max(errors.values()))
 
 
 def _make_inputs(

@@ -67,7 +67,7 @@ log = logging.getLogger("wantrt")
 
 TOKENIZER = "tokenizer/tokenizer.json"
 GRAPH_BYTES = 2**16  # about; they hold no weights
-CODE = ("config.py", "models", "export", "kernels")  # what decides the bytes of a graph
+CODE = ("config.py", "models", "export")  # what decides the bytes of a graph
 TURING = ("sm75",)
 UNFINISHED = {".lock", BUILD_LOG + PART_SUFFIX}  # what a build leaves that was killed at its start
 
@@ -240,6 +240,7 @@ def plan_build(
     frames: Sequence[int] | None = None,
     targets: Sequence[str] | None = None,
     weights: str = "auto",
+    plugins: str = "auto",
     dynamic: bool = False,
     tf32: bool = False,
 ) -> Build:
@@ -252,7 +253,8 @@ def plan_build(
     For TensorRT's runtimes alone: every size is planned at every number of frames, besides what the
     bundle has plans for already; None is the variant's default. targets: "sm89"; None is the GPU
     of this machine, or what is common. weights: "bound" keeps them apart from the plans, except the
-    VAE's, "baked" puts all into them, "auto" takes the faster where that can be measured. dynamic:
+    VAE's, "baked" puts all into them. plugins: "on" takes our kernels into plans of `tensorrt`,
+    "off" leaves all to it. "auto" of either takes the faster where that can be measured. dynamic:
     one plan for all sizes. tf32: allow it for what is float32.
     Raises SettingsError, UnsupportedTaskError, CheckpointError, RuntimeUnavailableError.
     """
@@ -261,6 +263,7 @@ def plan_build(
         "--frames": frames,
         "--target": targets,
         "--weights": weights != "auto",
+        "--plugins": plugins != "auto",
         "--dynamic": dynamic,
         "--tf32": tf32,
     }
@@ -291,13 +294,14 @@ def plan_build(
         frames=frames,
         targets=targets,
         weights=weights,
+        plugins=plugins,
         dynamic=dynamic,
         tf32=tf32,
         known=log.shapes if log and log.fingerprint == opened.fingerprint else (),
     )
-    if weights == "auto":
-        return _with_faster_plans(build, graphs, options, with_weights)
-    return _with_plans(build, graphs, options, with_weights)
+    return _with_fastest_plans(
+        build, graphs, options, with_weights, weights=weights, plugins=plugins
+    )
 
 
 def default_bundle(progress: Progress = silent) -> Bundle:
@@ -442,28 +446,51 @@ def _with_plans(
     )
 
 
-def _with_faster_plans(
-    build: Build, graphs: Sequence[_Graph], options: "PlanOptions", with_weights: bool
+def _with_fastest_plans(
+    build: Build,
+    graphs: Sequence[_Graph],
+    options: "PlanOptions",
+    with_weights: bool,
+    *,
+    weights: str,
+    plugins: str,
 ) -> Build:
-    """Bound or baked, whichever is known to be faster here; else a build that finds out first."""
-    from wantrt.trial import Trial, why_not_measured
+    """What is "auto", as it is known to be fastest here; else a build that finds out first."""
+    from wantrt.plans import PLUGGED
+    from wantrt.trial import make_trials, why_not_measured
 
-    if reason := why_not_measured(options):
-        log.info("weights stay bound, except the VAE's: %s; others: --weights baked", reason)
+    components = [graph.component for graph in graphs]
+    trials = make_trials(build.checkpoint.variant, components, options, weights, plugins)
+    if trials and (reason := why_not_measured(options)):
+        if weights == "auto":
+            log.info("weights stay bound, except the VAE's: %s; others: --weights baked", reason)
+        trials = []
+    if not trials:
         return _with_plans(build, graphs, options, with_weights)
-    stack = next(graph.component for graph in graphs if graph.component.name == "dit_stack")
-    sizes = [symbols for _, symbols in options.symbols(build.checkpoint.variant, stack)]
-    trial = Trial(stack, max(sizes, key=lambda symbols: symbols["L"][1]), options)
 
-    def take(measured: "Measured") -> Build:
-        faster = replace(options, baked=measured.faster == "baked")
-        seconds = {"bound": measured.bound_s, "baked": measured.baked_s}
-        return replace(_with_plans(build, graphs, faster, with_weights), measured=seconds)
+    def take(found: "Sequence[Measured]") -> Build:
+        chosen = options
+        for trial, measured in zip(trials, found, strict=True):
+            way = trial.fastest(measured)
+            if trial.component.name == "dit_stack":
+                chosen = replace(chosen, baked=way.baked)
+            if way.plugins:
+                chosen = replace(chosen, plugins=chosen.plugins | PLUGGED[trial.component.name])
+        seconds = {
+            f"{trial.component.name} {way}": time
+            for trial, measured in zip(trials, found, strict=True)
+            for way, time in measured.seconds.items()
+        }
+        return replace(_with_plans(build, graphs, chosen, with_weights), measured=seconds)
 
-    if known := trial.recall():
-        return take(known)
+    known = [trial.recall() for trial in trials]
+    if None not in known:
+        return take([measured for measured in known if measured])
     undecided = _with_plans(build, graphs, options, with_weights)
-    return replace(undecided, decide=lambda progress: take(trial.run(progress)))
+    return replace(
+        undecided,
+        decide=lambda progress: take([t.recall() or t.run(progress) for t in trials]),
+    )
 
 
 def _numbered(pieces: Sequence[Piece]) -> Iterator[tuple[str, Piece]]:

@@ -48,7 +48,7 @@ class PlanRecord:
 
     symbols: the sizes it serves, symbol -> (smallest, typical, largest). part and instance: whose
     weights are inside it ("baked"); None: weights are inputs ("bound"), and it serves every
-    instance and part of its component.
+    instance and part of its component. plugins: our kernels are inside it.
     """
 
     file: str
@@ -59,6 +59,7 @@ class PlanRecord:
     tf32: bool = False  # whether what is float32 may be computed in TF32
     part: str | None = None
     instance: int | None = None
+    plugins: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

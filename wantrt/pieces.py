@@ -63,9 +63,9 @@ class Built:
 class BuildLog:
     """What this machine did. `checkpoint` and `variant` are as asked for, None if they were not.
 
-    shapes: the videos that the plans serve; a later build adds to them. measured: what `--weights
-    auto` timed, seconds a run by way of having the weights. manifest: the sha256 of the finished
-    bundle's. receipt: see wantrt/receipt.py.
+    shapes: the videos that the plans serve; a later build adds to them. measured: by what a choice
+    left to us (`--weights auto`, `--plugins auto`) was decided, seconds a run. manifest: the sha256
+    of the finished bundle's. receipt: see wantrt/receipt.py.
     """
 
     checkpoint: str | None

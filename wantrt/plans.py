@@ -21,6 +21,7 @@ from wantrt.checkpoints.tensors import Renamed, SafetensorsFiles, StoredTensors
 from wantrt.config import Size, Variant
 from wantrt.engines.cache import hash_code, obtain
 from wantrt.engines.flavours import Flavour, check_precision, find_flavour
+from wantrt.engines.plugins import hash_plugins
 from wantrt.engines.requests import (
     PlanRequest,
     Symbols,
@@ -39,6 +40,14 @@ from wantrt.session import PRECISIONS
 log = logging.getLogger("wantrt")
 
 WEIGHTS = ("auto", "bound", "baked")
+PLUGINS = ("auto", "off", "on")
+# What our kernels may be plugins of: the component that is timed, and those that follow it.
+PLUGGED = {
+    "dit_stack": frozenset(("dit_stack", "dit_head")),
+    "vae_decoder_next": frozenset(
+        ("vae_decoder_first", "vae_decoder_next", "vae_encoder_first", "vae_encoder_next")
+    ),
+}
 PREPARED = ".prepared"  # folder below the bundle's, for weights that are baked and not kept
 BUILDER_BYTES = 2**30  # what TensorRT takes for a bound plan, about
 BOUND_BYTES, BOUND_LAYER_BYTES = 2**20, 2**18  # a bound plan, and each layer in it, a target; about
@@ -46,7 +55,10 @@ BOUND_BYTES, BOUND_LAYER_BYTES = 2**20, 2**18  # a bound plan, and each layer in
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What the plans of a bundle shall be. `baked`: all weights, not those of the VAE alone."""
+    """What the plans of a bundle shall be.
+
+    baked: all weights, not those of the VAE alone. plugins: the components that our kernels are in.
+    """
 
     flavour: Flavour
     targets: tuple[str, ...]
@@ -54,6 +66,10 @@ class PlanOptions:
     baked: bool
     dynamic: bool
     tf32: bool
+    plugins: frozenset[str] = frozenset()
+
+    def bakes(self, component: Component) -> bool:
+        return self.baked or component.name.startswith("vae_")
 
     def symbols(self, variant: Variant, component: Component) -> list[tuple[str, Symbols]]:
         """The sizes of every plan of a component, each with its label."""
@@ -78,6 +94,7 @@ def choose_options(
     frames: Sequence[int] | None,
     targets: Sequence[str] | None,
     weights: str,
+    plugins: str,
     dynamic: bool,
     tf32: bool,
     known: Sequence[Shape] = (),
@@ -87,11 +104,14 @@ def choose_options(
     Raises SettingsError, UnsupportedTaskError, RuntimeUnavailableError.
     """
     check_name("way of having the weights", weights, WEIGHTS)
+    check_name("choice of plugins", plugins, PLUGINS)
     for size in sizes or ():
         check_size(variant, size)
     for count in frames or ():
         check_frames(variant, count)
     flavour = find_flavour(runtime)
+    if plugins == "on":
+        flavour.plugin_module()  # refuses where there is none
     chosen = flavour.choose_targets(targets or ())
     check_precision(precision, chosen)
     asked = [
@@ -113,6 +133,7 @@ def choose_options(
         baked=weights == "baked",
         dynamic=dynamic,
         tf32=tf32,
+        plugins=frozenset().union(*PLUGGED.values()) if plugins == "on" else frozenset(),
     )
 
 
@@ -194,7 +215,12 @@ class Plan:
             sorted(self.symbols.items()),
             (options.flavour.name, options.flavour.version, options.targets, options.tf32),
             (self.fingerprint, self.part, self.instance) if self.part else None,
+            hash_plugins() if self._plugins else None,
         )
+
+    @property
+    def _plugins(self) -> bool:
+        return self.component.name in self.options.plugins
 
     @property
     def record(self) -> PlanRecord:
@@ -208,6 +234,7 @@ class Plan:
             tf32=self.options.tf32,
             part=self.part,
             instance=self.instance,
+            plugins=self._plugins,
         )
 
     @property
@@ -261,6 +288,7 @@ class Plan:
             targets=self.options.targets,
             baked=baked,
             tf32=self.options.tf32,
+            plugins=self._plugins,
         )
         entry = obtain(self.options.flavour, request, progress)
         path = root / self.record.file
@@ -280,7 +308,7 @@ def component_plans(
     """The plans of a component; none where TensorRT has no kernels for it."""
     if has_no_kernels(component, options.targets):
         return
-    bake = options.baked or component.name.startswith("vae_")
+    bake = options.bakes(component)
     owners: list[tuple[str, int] | tuple[None, None]] = [(None, None)]
     if bake:
         instances = range(len(component.instances))

@@ -19,7 +19,14 @@ from wantrt.config import find_variant
 from wantrt.pieces import is_untouched, read_log
 
 NANO = Path(__file__).parent / "nano" / "checkpoint"  # what ships with wantrt
-PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt", "safetensors")  # their names begin so
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "triton",
+    "safetensors",
+)  # their names begin so
 
 
 def write_receipt(asked: Mapping[str, object]) -> str | None:

@@ -96,6 +96,13 @@ def parse_count(text: str) -> int:
     help="Plans: bound (apart from the plans; the VAE's are always inside), baked (all inside), "
     "auto (what is faster here; bound without a GPU).",
 )
+@click.option(
+    "--plugins",
+    default="auto",
+    show_default=True,
+    metavar="WAY",
+    help="Plans of tensorrt: our kernels inside them, on or off, or auto (what is faster here).",
+)
 @click.option("--dynamic", is_flag=True, help="Plans: one for all sizes, not one for each.")
 @click.option("--tf32", is_flag=True, help="Plans: allow TF32 for what is float32.")
 def build(

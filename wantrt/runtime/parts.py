@@ -146,6 +146,7 @@ def _trusted(
         targets=plan.targets if flavour.served_targets else flavour.choose_targets(),
         baked=baked,
         tf32=plan.tf32,
+        plugins=plan.plugins,
     )
     return obtain(flavour, request).path
 
