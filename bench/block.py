@@ -40,12 +40,14 @@ from wantrt.bench.gpu import (
     capture,
     compare,
     copy_bandwidth,
+    first_line,
     matrix_rate,
     require_gpu,
     state,
     state_under,
     summary,
     time_in_turn,
+    usable,
 )
 from wantrt.bench.kernel_cases import Random
 from wantrt.bench.kernel_times import breakdown, kernel_times, split
@@ -123,14 +125,17 @@ def measure_all(models: Sequence[str], samples: int, minutes: float) -> dict[str
         "state_before": before,
     }
     for name in models:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or not usable():
             measured.setdefault("left_out", []).append(name)
             continue
         torch.cuda.empty_cache()
-        measured[name] = measure(MODELS[name], samples, copy_rate, matmul_rate, deadline)
+        try:
+            measured[name] = measure(MODELS[name], samples, copy_rate, matmul_rate, deadline)
+        except Exception as error:  # what was measured before is still to be written
+            measured[name] = {"passed": False, "problem": first_line(error)}
         show(name, measured[name])
-    measured["matrix_at_the_end_tflops"] = round(matrix_rate() / 1e12, 1)
-    measured["state_after"] = state()
+    at_end = round(matrix_rate() / 1e12, 1) if usable() else None
+    measured |= {"matrix_at_the_end_tflops": at_end, "state_after": state()}
     return measured
 
 
@@ -251,8 +256,7 @@ def run_contenders(
             }
             runs[name] = run
         except Exception as error:  # not installed, no compiler, no memory: the others still run
-            text = str(error).strip().partition("\n")[0]
-            found[name] = {"problem": f"{type(error).__name__}: {text}"[:300]}
+            found[name] = {"problem": first_line(error)}
     for name, times in time_in_turn(runs, samples).items():
         found[name] |= summary(times, "ms", 4)
         found[name]["state_under_load"] = state_under(runs[name])
@@ -320,7 +324,7 @@ def time_attention(config: DiTConfig, tokens: int, samples: int) -> dict[str, Ro
             error = compare([run()[:, :2]], [expected])
             (times,) = time_in_turn({name: run}, samples).values()
         except RuntimeError as problem:
-            found[name] = {"problem": str(problem).partition("\n")[0][:300]}
+            found[name] = {"problem": first_line(problem)}
             continue
         found[name] = summary(times, "ms", 4) | {"error": error}
         found[name]["tflops"] = round(flops / found[name]["median_ms"] / 1e9, 1)
@@ -336,6 +340,9 @@ def preferred(order: Sequence[str]) -> Iterator[None]:
 
 
 def show(name: str, row: Mapping[str, Any]) -> None:
+    if "problem" in row:
+        tell(f"{name}: {row['problem']}")
+        return
     floor = row["floor_ms"]
     tell(f"\n{name}: {row['tokens']:,} tokens x {row['channels']:,}, {row['text_rows']} text rows")
     for backend, found in row["attention"].items():

@@ -86,6 +86,20 @@ def summary(times: Sequence[float], unit: str, digits: int) -> Row:
     }
 
 
+def usable() -> bool:
+    """False after a fault on the device: whatever is asked of it then fails."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, short enough for a table."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
+
+
 def l2_bytes() -> int:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
 

@@ -29,14 +29,17 @@ from wantrt.bench.gpu import (
     capture,
     compare,
     copy_bandwidth,
+    first_line,
     l2_bytes,
     matrix_rate,
     require_gpu,
     state,
     summary,
     time_in_turn,
+    usable,
 )
 from wantrt.bench.kernel_cases import (
+    HEAD_DIM,
     MODULES,
     Case,
     Random,
@@ -83,7 +86,16 @@ def main() -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     def ints(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
+        if min(numbers) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
+        return numbers
+
+    def widths(text: str) -> list[int]:
+        numbers = ints(text)
+        if any(number % HEAD_DIM for number in numbers):
+            raise argparse.ArgumentTypeError(f"{text!r}: heads are {HEAD_DIM} channels wide")
+        return numbers
 
     def dtypes(text: str) -> list[torch.dtype]:
         return [DTYPES[part] for part in one_of(DTYPES)(text)]
@@ -103,7 +115,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--ops", type=one_of(MODULES), default=list(MODULES), metavar="OP,..")
     parser.add_argument("--tokens", type=ints, default=[32760, 75600], metavar="N,..")
-    parser.add_argument("--channels", type=ints, default=[5120, 1536, 3072], metavar="N,..")
+    parser.add_argument("--channels", type=widths, default=[5120, 1536, 3072], metavar="N,..")
     parser.add_argument("--dtypes", type=dtypes, default=dtypes("bf16,fp32"), metavar="bf16,..")
     parser.add_argument("--samples", type=int, default=20, help="timed, of each contender")
     parser.add_argument(
@@ -141,15 +153,6 @@ def measure_all(cases: Sequence[Case], samples: int, minutes: float) -> dict[str
         "left_out": [case.name for case in cases[len(rows) :]],
         **verdict(rows),
     }
-
-
-def usable() -> bool:
-    """False after a fault on the device: whatever is asked of it then fails."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
 
 
 def measure(case: Case, samples: int, copy_rate: float, matmul_rate: float) -> Row:
@@ -296,10 +299,6 @@ def verdict(rows: Sequence[Row]) -> dict[str, list[str]]:
             row["case"] for row in rows if row.get("speedup_over_compiled", 1) < 1
         ],
     }
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 
 def line(row: Mapping[str, Any]) -> str:

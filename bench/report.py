@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -78,6 +79,7 @@ def _describe(name: str, measured: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "commit": commit(),
         "machine": machine(),
         **measured,
     }
@@ -96,6 +98,19 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None where git cannot say."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    try:
+        told = [
+            subprocess.run([*git, *asked], capture_output=True, text=True, check=True).stdout
+            for asked in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told[0].strip() + ("+" if told[1].strip() else "")
 
 
 def _module() -> str:

@@ -110,6 +110,7 @@ def on_cpu(monkeypatch, tmp_path):
         "copy_bandwidth": lambda: 4e12,
         "matrix_rate": lambda: 8e14,
         "state": dict,
+        "usable": lambda: True,
         "state_under": lambda _: {},
         "our_ops": lambda: TORCH_OPS,
         "preferred": lambda order: nullcontext(),
@@ -190,6 +191,19 @@ def test_kernels_that_do_not_load_fail(on_cpu, capsys, monkeypatch):
     row = json.loads(capsys.readouterr().out)["small"]
     assert "triton" in row["contenders"]["kernels"]["problem"]
     assert row["aims"]["rest_share_reached"] is None
+
+
+def test_a_model_that_fails_does_not_lose_the_report(on_cpu, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    monkeypatch.setattr(block, "time_attention", fail)
+    with pytest.raises(SystemExit):
+        block.main()
+    told = capsys.readouterr()
+    problem = "RuntimeError: CUDA error: an illegal memory access"
+    assert json.loads(told.out)["small"] == {"passed": False, "problem": problem}
+    assert problem in told.err
 
 
 def test_out_of_time(on_cpu, capsys, monkeypatch):

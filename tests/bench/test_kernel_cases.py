@@ -44,6 +44,17 @@ def test_reference_in_float32_rounds_nothing(case):
             assert ours.data_ptr() != given.data_ptr()  # an op in place leaves the original
 
 
+@pytest.mark.parametrize("case", small_cases((torch.bfloat16,)), ids=lambda case: case.name)
+def test_reference_compiles_as_one_graph(case):
+    torch._dynamo.reset()
+    traced = torch.compile(reference(case.op), backend="eager", fullgraph=True, dynamic=False)
+    arguments, again = (case.make(Random("cpu", 0)) for _ in range(2))
+    with torch.inference_mode():
+        actual = case.outputs(arguments, traced(*arguments))
+        expected = case.outputs(again, reference(case.op)(*again))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_same_seed_same_values():
     case = SMALL[0]
     first, again, other = (case.make(Random("cpu", seed))[0] for seed in (0, 0, 1))

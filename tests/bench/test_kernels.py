@@ -34,6 +34,7 @@ def on_cpu(monkeypatch, tmp_path):
         "matrix_rate": lambda: 8e14,
         "l2_bytes": lambda: 40_000,
         "state": dict,
+        "usable": lambda: True,
         "kernel": lambda case: reference(case.op),
         "all_cases": lambda *_: small_cases((torch.bfloat16,)),
     }.items():
@@ -84,6 +85,7 @@ def test_whole_run(on_cpu, monkeypatch, capsys):
     assert measured["copy_gb_per_s"] == 4000
     assert {"torch"} <= set(measured["machine"]["versions"])
     assert measured["date"]
+    assert measured["commit"] is None  # the results are in no checkout here
     assert measured["command"].endswith("--samples 3")
 
 
@@ -139,6 +141,15 @@ def test_a_kernel_that_fails_is_a_failed_row(on_cpu, monkeypatch, capsys):
         kernels.main()
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert "triton" in row["problem"]
+
+
+def test_a_fault_of_the_device_ends_the_run_but_is_written(on_cpu, monkeypatch, capsys):
+    answers = iter([True, False, False])
+    monkeypatch.setattr(kernels, "usable", lambda: next(answers))
+    measured, _ = run(monkeypatch, capsys)
+    assert len(measured["rows"]) == 1
+    assert len(measured["left_out"]) == len(small_cases((torch.bfloat16,))) - 1
+    assert measured["copy_at_the_end_gb_per_s"] is None
 
 
 def test_a_contender_that_cannot_be_captured(on_cpu, monkeypatch, capsys):
@@ -221,6 +232,17 @@ def test_errors_are_of_the_worst_output():
     assert math.isnan(gpu.compare((expected[0], torch.full((2,), math.nan)), expected)["max"])
 
 
+def test_commit_is_that_of_the_checkout(monkeypatch):
+    found = report.commit()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if head.returncode == 0:
+        assert found.rstrip("+") == head.stdout[:12]
+    monkeypatch.setenv("PATH", "")
+    assert report.commit() is None
+
+
 def test_state_of_the_gpu():
     found = gpu.parse_state("570.86.15, 1980, 1980, 3201, 41, 117.45, 700.00\n")
     assert found["driver_version"] == "570.86.15"
@@ -233,7 +255,17 @@ def test_state_of_the_gpu():
     assert gpu.parse_state("No devices were found") == {}
 
 
-@pytest.mark.parametrize("option", [["--ops", "ropes"], ["--dtypes", "int8"], ["--tokens", "x"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--ops", "ropes"],
+        ["--dtypes", "int8"],
+        ["--tokens", "x"],
+        ["--tokens", "0"],
+        ["--channels", "1000"],
+    ],
+    ids=" ".join,
+)
 def test_refuses_options(option, capsys):
     with pytest.raises(SystemExit) as leaving:
         kernels.parse(option)
