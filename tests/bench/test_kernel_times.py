@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from wantrt.bench.kernel_times import KernelTime, breakdown, classify, collect, split
 
@@ -94,6 +96,18 @@ def test_collect_counts_kernels_alone():
         "nvjet_tst_a": KernelTime(us=40.0, count=1.0),
         "modulate_kernel": KernelTime(us=3.0, count=0.5),
     }
+
+
+def test_events_of_a_real_profile_have_what_is_read():
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        torch.randn(8, 8) @ torch.randn(8, 8)
+    events = found.events()
+    assert collect(events, repeats=1) == {}  # nothing of a CPU counts
+    assert "aten::mm" in {event.name for event in events}
+    for event in events:
+        assert event.device_type.name == "CPU"
+        assert event.is_user_annotation in (False, None)
+        assert event.time_range.elapsed_us() >= 0
 
 
 def test_split_and_breakdown():
