@@ -44,8 +44,9 @@ def test_reference_in_float32_rounds_nothing(case):
             assert ours.data_ptr() != given.data_ptr()  # an op in place leaves the original
 
 
-@pytest.mark.parametrize("case", small_cases((torch.bfloat16,)), ids=lambda case: case.name)
-def test_reference_compiles_as_one_graph(case):
+@pytest.mark.parametrize("op", cases.MODULES)
+def test_reference_compiles_as_one_graph(op):
+    case = next(case for case in SMALL if case.op == op)
     torch._dynamo.reset()
     traced = torch.compile(reference(case.op), backend="eager", fullgraph=True, dynamic=False)
     arguments, again = (case.make(Random("cpu", 0)) for _ in range(2))
