@@ -109,9 +109,9 @@ class Trial:
                         request, baked=weights if way.baked else {}, plugins=way.plugins
                     )
                     entry = obtain(flavour, request, progress)
-                    owner = {"part": "trial", "instance": 0} if way.baked else {}
-                    plans[str(way)] = replace(record, **owner), entry.path
+                    plans[str(way)] = record, entry.path
                     if way.baked:
+                        plans[str(way)] = replace(record, part="trial", instance=0), entry.path
                         baked.append(entry)
             measured = compare_plans(alone, plans, weights, device, flavour)
         finally:

@@ -11,6 +11,7 @@ plain T2V. Letters: B batch, L tokens, S text rows, C channels, H heads, D head_
 """
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: Iterable[Block],
+    blocks: Iterable[nn.Module],
     x: Tensor,
     e6: Tensor,
     token_row: Tensor | None,
@@ -132,8 +133,8 @@ def run_blocks(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """`blocks`, at least one, one after another; tensors as in `Block.forward`."""
-    first, *others = blocks
+    """Blocks, at least one, one after another; tensors as in `Block.forward`."""
+    first, *others = cast("Iterable[Block]", blocks)
     ops, eps, dtype = first.ops, first.eps, first.dtype
     shift, scale, *_, gate = rows = first.rows(e6)
     y = ops.modulate(x, shift, scale, token_row, eps, dtype)

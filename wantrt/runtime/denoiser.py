@@ -215,4 +215,5 @@ class _ExpertRun:
                 {"hidden": rows, "e": self.e, "latent": self.latent}, {"velocity": velocity}
             )
         passes = [row for velocity in self.velocities for row in velocity.split(1)]
-        self.solver.step(passes[0], self.index, *passes[1:], guidance_scale=self.guidance_scale)
+        unconditional = passes[1] if len(passes) > 1 else None
+        self.solver.step(passes[0], self.index, unconditional, self.guidance_scale)
