@@ -1,0 +1,51 @@
+"""Nodes at the sizes of real models, for the tests of plugins."""
+
+import torch
+
+from wantrt.kernels.aot import Operand
+from wantrt.kernels.nodes import PLUGINS
+
+WIDTHS = {"1.3B": (1536, 12), "5B": (3072, 24), "14B": (5120, 40)}  # channels, heads
+VAE_CHANNELS = {"1.3B": 96, "5B": 256, "14B": 384}
+ATTRIBUTES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # as an ONNX data type
+BATCH, TOKENS, ROWS = 2, 64, 3
+PROGRAMS = {  # that a node needs at these sizes
+    "QkNormRope": 2 * BATCH * TOKENS,
+    "GuideAndStep": 4,
+    "RmsSilu": 4 * 32 * 32 // 32,
+}
+
+Inputs = dict[str, Operand]
+Attributes = dict[str, float | int]
+
+
+def make_node(name: str, width: str, dtype: torch.dtype) -> tuple[Inputs, Attributes]:
+    """Inputs and attributes of a node; what may be of any dtype is of `dtype`."""
+    channels, heads = WIDTHS[width]
+    vae = VAE_CHANNELS[width]
+    tokens, modulation = (BATCH, TOKENS, channels), (BATCH, ROWS, channels)
+    latent = (1, 16, 4, 8, 8)
+    shapes = {
+        **dict.fromkeys(("x", "y"), tokens),
+        **dict.fromkeys(("gate", "shift", "scale"), modulation),
+        **dict.fromkeys(("weight", "bias", "q_weight", "k_weight"), (channels,)),
+        **dict.fromkeys(("cos", "sin"), (TOKENS, channels // heads // 2)),
+        **dict.fromkeys(("sample", "x0", "delta", "conditional", "unconditional"), latent),
+        "token_row": (TOKENS,),
+        "qkv": (BATCH, TOKENS, 3 * channels),
+        "guidance_scale": (1,),
+        "rows": (50, 4),
+        "index": (1,),
+        "gamma": (vae,),
+    }
+    if name == "Rope":
+        shapes["x"] = (BATCH, heads, TOKENS, channels // heads)
+    if name == "RmsSilu":
+        shapes["x"] = (1, vae, 4, 32, 32)
+    plugin = PLUGINS[name]
+    inputs = {
+        key: Operand(shapes[key], dtype if dtype in dtypes else dtypes[0])
+        for key, dtypes in plugin.inputs.items()
+    }
+    attributes = {"eps": 1e-6, "dtype": ATTRIBUTES[dtype], "num_heads": heads}
+    return inputs, {key: attributes[key] for key in plugin.attributes}
