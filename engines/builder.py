@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnx.inliner import inline_local_functions
 from torch import Tensor
 
 from wantrt.engines import api
@@ -106,6 +107,8 @@ def _parse(
     turn_into_constants(model, request.baked)
     if request.plugins:
         _use_plugins(component, model)
+    # The parser would do it too, with a warning for every node of a definition that is used twice.
+    model = inline_local_functions(model)
     read = parser.load_model_proto(model.SerializeToString(), "")
     for name, tensor in request.baked.items():
         _check_weight(component, name, tensor)

@@ -51,8 +51,8 @@ def compare_plans(
 ) -> Measured:
     """Run the first instance of `component` by each of `plans` on `device`, at the typical sizes.
 
-    plans: by the way they were compiled, at least two. weights: prepared tensors of the part, anywhere. Raises
-    BuildError if a plan disagrees with the first.
+    plans: by the way they were compiled, at least two. weights: prepared tensors of the part,
+    anywhere. Raises BuildError if a plan disagrees with the first.
     """
     records = [record for record, _ in plans.values()]
     typical = {symbol: size for symbol, (_, size, _) in records[0].symbols.items()}
