@@ -109,11 +109,17 @@ class _Functions:
             for output in outputs
         )
 
-    def list_types(self, *arguments: api.FullTensorDesc) -> list[object]:
-        """The types and formats that it takes: those of the graph, or none."""
-        inputs = self._operands(arguments)
-        outputs = self._plugin.infer_outputs(inputs, self._attributes(arguments))
-        names = [TYPE_NAMES[operand.dtype] for operand in (*inputs.values(), *outputs)]
+    def list_types(
+        self, *arguments: api.FullTensorDesc | Sequence[api.FullTensorDesc]
+    ) -> list[object]:
+        """The types and formats that it takes: those of the graph, which have been checked.
+
+        Nothing may be worked out here: expressions of sizes do not know how to at this time.
+        """
+        inputs = [each for each in arguments if not isinstance(each, Sequence)]
+        (outputs,) = (each for each in arguments if isinstance(each, Sequence))
+        tensors = (*inputs[: len(self._plugin.inputs)], *outputs)
+        names = [TYPE_NAMES[self._flavour.torch_dtype(tensor.dtype)] for tensor in tensors]
         return [self._library.AutoTuneCombination(", ".join(names), FORMAT)]
 
     def compile(self, *arguments: api.FullTensorDesc) -> tuple[str, str, object, object]:
