@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -26,6 +27,7 @@ from wantrt.engines.flavours import find_flavour
 from wantrt.engines.network import NODE_DOMAIN, PLUGIN_NAMESPACE, turn_into_plugins
 from wantrt.engines.plugins import plugin_names
 from wantrt.errors import BuildError, RuntimeUnavailableError, SettingsError
+from wantrt.kernels.aot import ONNX_DTYPES, Operand
 from wantrt.kernels.nodes import PLUGINS
 from wantrt.kernels.ptx import compile_kernel
 
@@ -35,6 +37,7 @@ NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "INT64",
 }
+ONNX_TYPES = {**ONNX_DTYPES, TensorProto.INT64: torch.int64}
 BF16 = torch.bfloat16
 SYMBOLS = {"B": BATCH, "L": TOKENS}
 Case = dict[str, Any]
@@ -156,20 +159,59 @@ def test_a_gpu_without_kernels_is_refused(stubs: Path) -> None:
 # -- The graph ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dit_stack", "dit_head"])
-def test_nodes_are_those_that_the_plugins_describe(name: str, tmp_path: Path) -> None:
-    """Types of nodes, how many inputs and outputs, and their attributes."""
-    request = make_request(components("nano")[name], tmp_path, {})
-    nodes = [node for node in onnx.load(request.graph).graph.node if node.domain == NODE_DOMAIN]
+COMPONENTS = ("dit_stack", "dit_head", "vae_decoder_next", "vae_encoder_first")
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_nodes_are_those_that_the_plugins_describe(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Inputs with their dtypes and known channels, outputs with theirs, attributes."""
+    request = make_request(components("nano", dtype)[name], tmp_path, {})
+    model = onnx.shape_inference.infer_shapes(onnx.load(request.graph), data_prop=True)
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    known = {value.name: value.type.tensor_type for value in values}
+
+    def operand(value: str) -> Operand:
+        sizes = [each.dim_value or each.dim_param or "?" for each in known[value].shape.dim]
+        return Operand(tuple(sizes), ONNX_TYPES[known[value].elem_type])
+
+    nodes = [node for node in model.graph.node if node.domain == NODE_DOMAIN]
     assert nodes
     for node in nodes:
         plugin = PLUGINS[node.op_type]
-        assert len(node.input) == len(plugin.inputs)
-        assert len(node.output) == len(plugin.outputs)
+        inputs = dict(zip(plugin.inputs, map(operand, node.input), strict=True))
         attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
         assert attributes.keys() == plugin.attributes.keys()
-        for key, kind in plugin.attributes.items():
-            assert type(attributes[key]) is kind
+        outputs = plugin.infer_outputs(inputs, attributes)  # checks dtypes and attributes
+        assert [each.dtype for each in outputs] == [operand(value).dtype for value in node.output]
+        static = {
+            key: Operand(
+                tuple(size if isinstance(size, int) else 8 for size in each.shape), each.dtype
+            )
+            for key, each in inputs.items()
+        }
+        plugin.bind(static, attributes)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_the_parser_is_given_plugins_for_all_nodes(name: str, tmp_path: Path) -> None:
+    """And without them definitions for all."""
+    request = make_request(components("nano")[name], tmp_path, {})
+    whole = onnx.load(request.graph)
+    count = sum(node.domain == NODE_DOMAIN for node in whole.graph.node)
+    given = []
+    parser = SimpleNamespace(load_model_proto=lambda model, path: given.append(model))
+    flavour = SimpleNamespace(name="", version="", last_errors=str)
+    for plugins in (False, True):
+        with pytest.raises(BuildError, match="does not read"):
+            builder_module._parse(flavour, replace(request, plugins=plugins), parser, None)
+        model = onnx.load_from_string(given[-1])
+        domains = [node.domain for node in model.graph.node]
+        assert not model.functions
+        assert NODE_DOMAIN not in domains
+        assert domains.count(PLUGIN_NAMESPACE) == (count if plugins else 0)
 
 
 def test_nodes_become_plugins() -> None:
