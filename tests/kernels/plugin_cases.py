@@ -23,7 +23,8 @@ def make_node(name: str, width: str, dtype: torch.dtype) -> tuple[Inputs, Attrib
     """Inputs and attributes of a node; what may be of any dtype is of `dtype`."""
     channels, heads = WIDTHS[width]
     vae = VAE_CHANNELS[width]
-    tokens, modulation = (BATCH, TOKENS, channels), (BATCH, ROWS, channels)
+    rows = ROWS if name.endswith("Rows") else 1
+    tokens, modulation = (BATCH, TOKENS, channels), (BATCH, rows, channels)
     latent = (1, 16, 4, 8, 8)
     shapes = {
         **dict.fromkeys(("x", "y"), tokens),
