@@ -265,6 +265,11 @@ def _normalize(
     return t.node("Div", x.value, t.node("Max", norm, t.read(eps, out[0].dtype)))
 
 
+@emits("mean")
+def _mean(t: Tracer, out: list[Spec], /, x: Traced, dim: int) -> str:
+    return t.node("ReduceMean", x.value, t.integers([dim]), keepdims=0)
+
+
 @emits("scaled_dot_product_attention")
 def _attention(
     t: Tracer,

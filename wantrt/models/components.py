@@ -19,7 +19,7 @@ from wantrt.errors import SettingsError
 from wantrt.models.dit import DiT, run_blocks
 from wantrt.models.ops import TORCH_OPS, Ops
 from wantrt.models.umt5 import TextEncoder
-from wantrt.models.vae import VAE, CausalConv3d, Decoder, Downsample, Encoder, Upsample
+from wantrt.models.vae import VAE, CausalConv3d, Decoder, Downsample, Encoder, Stage, Upsample
 from wantrt.session import TensorSpec
 
 FLOAT = torch.float32
@@ -188,7 +188,7 @@ def vae_components(config: VAEConfig, dtype: torch.dtype, ops: Ops = TORCH_OPS) 
     def caches(prefix: str, specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
         return {f"{prefix}_{slot}": spec for slot, spec in enumerate(specs)}
 
-    decoder_caches, encoder_caches = _decoder_caches(decoder), _encoder_caches(encoder, cell)
+    decoder_caches, encoder_caches = _decoder_caches(decoder), _encoder_caches(encoder)
     return [
         _component(
             "vae_decoder_first",
@@ -224,22 +224,31 @@ def _decoder_caches(decoder: Decoder) -> list[TensorSpec]:
     """
     specs: list[TensorSpec] = []
     factor = 1  # height in latent cells
-    for layer in (decoder.conv_in, *decoder.middle, *decoder.up, decoder.conv_out):
+    for layer in (decoder.conv_in, *decoder.middle, *_layers(decoder.up), decoder.conv_out):
         specs += [_cache(conv, 2, factor) for conv in _causal_convs(layer)]
         factor *= 2 if isinstance(layer, Upsample) else 1
     return specs
 
 
-def _encoder_caches(encoder: Encoder, cell: int) -> list[TensorSpec]:
+def _encoder_caches(encoder: Encoder) -> list[TensorSpec]:
     """The same for the encoder; halving time needs one frame."""
     specs: list[TensorSpec] = []
-    factor = cell
-    for layer in (encoder.conv_in, *encoder.down, *encoder.middle, encoder.conv_out):
+    factor = encoder.config.spatial_stride // encoder.config.patch_size
+    for layer in (encoder.conv_in, *_layers(encoder.down), *encoder.middle, encoder.conv_out):
         specs += [_cache(conv, 2, factor) for conv in _causal_convs(layer)]
         if isinstance(layer, Downsample):
             factor //= 2
             specs += [_cache(layer.time_conv, 1, factor)] if layer.time_conv else []
     return specs
+
+
+def _layers(blocks: nn.ModuleList) -> list[nn.Module]:
+    """What changes the resolution, and what lies between, in the order in which it runs."""
+    return [
+        layer
+        for block in blocks
+        for layer in (block.layers if isinstance(block, Stage) else (block,))
+    ]
 
 
 def _causal_convs(layer: nn.Module) -> list[CausalConv3d]:

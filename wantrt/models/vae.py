@@ -1,4 +1,4 @@
-"""The causal 3-D VAE of Wan 2.1, encoder and decoder, in streaming form.
+"""The causal 3-D VAEs of Wan 2.1 and 2.2, encoder and decoder, in streaming form.
 
 Every temporal convolution looks two frames back. Those frames are explicit tensors, the *feature
 caches*: a chunk takes the caches its predecessor left and returns its own. A stream starts with
@@ -8,18 +8,24 @@ number of frames, so a whole clip is one chunk that starts a stream, and gives w
 Frames of a stream: the first pixel frame stands alone, then come groups of four. One latent frame
 decodes to 1 frame at the start and to 4 afterwards; encoding is the mirror of it.
 
+The 2.2 VAE works on patches of pixels, and each of its stages has a shortcut without parameters
+(`wantrt.models.folding`); the layers, their order and so their caches are those of 2.1.
+
 Memory, not arithmetic, is what streaming buys: decoding 832x480 whole needs tens of GiB, by chunks
 the two banks of caches (3.5 GiB each in float32) and the activations of four frames.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wantrt.config import VAEConfig
+from wantrt.models.folding import average_down, duplicate_up, patchify, unpatchify
 from wantrt.models.ops import TORCH_OPS, Ops, channel_norm
 
 
@@ -144,14 +150,16 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width, halve channels; double time first where `temporal`."""
+    """Double height and width; double time first where `temporal`."""
 
-    def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, temporal: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.time_conv = (
             CausalConv3d(channels, 2 * channels, (3, 1, 1), dtype) if temporal else None
         )
-        self.conv = nn.Conv2d(channels, channels // 2, 3, padding=1, dtype=dtype)
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1, dtype=dtype)
 
     def stream(self, x: Tensor, caches: Caches) -> Tensor:
         if self.time_conv is not None:
@@ -171,19 +179,40 @@ class Upsample(nn.Module):
         return torch.cat((first, doubled), dim=2) if caches.starts_stream else doubled
 
 
+class Stage(nn.Module):
+    """Layers of the 2.2 VAE up to a change of resolution, and a shortcut from first to last.
+
+    shortcut(x, starts_stream): see `average_down` and `duplicate_up`.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], shortcut: Callable[[Tensor, bool], Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.shortcut = shortcut
+
+    def stream(self, x: Tensor, caches: Caches) -> Tensor:
+        y = run_layers(self.layers, x, caches)
+        return y if self.shortcut is None else y + self.shortcut(x, caches.starts_stream)
+
+
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
         self.config, self.statistics, self.ops = config, Statistics(config), ops
         dims = [config.encoder_dim * m for m in (1, *config.dim_multipliers)]
-        self.conv_in = CausalConv3d(3, dims[0], (3, 3, 3), dtype)
+        self.conv_in = CausalConv3d(3 * config.patch_size**2, dims[0], (3, 3, 3), dtype)
         self.down = nn.ModuleList()
         for stage, (dim, out_dim) in enumerate(pairwise(dims)):
-            for _ in range(config.num_res_blocks):
-                self.down.append(ResidualBlock(dim, out_dim, dtype, ops))
-                dim = out_dim
+            layers = _blocks(config.num_res_blocks, dim, out_dim, dtype, ops)
+            factors = (1, 1)
             if stage < len(config.temporal_downsample):
-                self.down.append(Downsample(out_dim, config.temporal_downsample[stage], dtype))
+                temporal = config.temporal_downsample[stage]
+                layers.append(Downsample(out_dim, temporal, dtype))
+                factors = (2 if temporal else 1, 2)
+            shortcut = partial(average_down, out_channels=out_dim, factors=factors)
+            self.down.extend([Stage(layers, shortcut)] if config.residual else layers)
         self.middle = _middle(dims[-1], dtype, ops)
         self.norm_out = ChannelNorm(dims[-1], dtype)
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3), dtype)
@@ -194,8 +223,8 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Encode one chunk: the next 4n frames of a stream, or its first 1 + 4n if caches is None.
 
-        pixels: [B, 3, T, H, W] in [−1, 1]. Returns the normalised latent [B, z, F, H/8, W/8],
-        float32, and the caches for the next chunk.
+        pixels: [B, 3, T, H, W] in [−1, 1]. Returns the normalised latent [B, z, F, h, w], float32,
+        with as many cells as the spatial stride leaves, and the caches for the next chunk.
         """
         chunk = Caches(caches)
         moments = self.stream(pixels.to(self.conv_in.weight.dtype), chunk)
@@ -203,10 +232,9 @@ class Encoder(nn.Module):
         return (moments.chunk(2, dim=1)[0].float() - mu) / sigma, chunk.new
 
     def stream(self, x: Tensor, caches: Caches) -> Tensor:
-        """Pixels [B, 3, T, H, W] -> mean and log-variance [B, 2z, F, H/8, W/8]."""
-        x = self.conv_in.stream(x, caches)
-        for layer in (*self.down, *self.middle):
-            x = layer.stream(x, caches)
+        """Pixels [B, 3, T, H, W] -> mean and log-variance [B, 2z, F, h, w]."""
+        x = self.conv_in.stream(patchify(x, self.config.patch_size), caches)
+        x = run_layers((*self.down, *self.middle), x, caches)
         x = self.conv_out.stream(self.ops.rms_silu(x, self.norm_out.gamma), caches)
         return self.quant_conv(x)
 
@@ -223,21 +251,26 @@ class Decoder(nn.Module):
         self.middle = _middle(dims[0], dtype, ops)
         self.up = nn.ModuleList()
         for stage, (dim, out_dim) in enumerate(pairwise(dims)):
-            dim = dim // 2 if stage > 0 else dim  # an upsample halves the channels
-            for _ in range(config.num_res_blocks + 1):
-                self.up.append(ResidualBlock(dim, out_dim, dtype, ops))
-                dim = out_dim
+            if stage > 0 and not config.residual:
+                dim //= 2  # by the upsample before it
+            layers = _blocks(config.num_res_blocks + 1, dim, out_dim, dtype, ops)
+            shortcut = None
             if stage < len(temporal_upsample):
-                self.up.append(Upsample(out_dim, temporal_upsample[stage], dtype))
+                temporal = temporal_upsample[stage]
+                upsampled = out_dim if config.residual else out_dim // 2
+                layers.append(Upsample(out_dim, upsampled, temporal, dtype))
+                factors = (2 if temporal else 1, 2)
+                shortcut = partial(duplicate_up, out_channels=out_dim, factors=factors)
+            self.up.extend([Stage(layers, shortcut)] if config.residual else layers)
         self.norm_out = ChannelNorm(dims[-1], dtype)
-        self.conv_out = CausalConv3d(dims[-1], 3, (3, 3, 3), dtype)
+        self.conv_out = CausalConv3d(dims[-1], 3 * config.patch_size**2, (3, 3, 3), dtype)
 
     def forward(
         self, latent: Tensor, caches: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Decode one chunk of latent frames, the first of a stream if caches is None.
 
-        latent: [B, z, F, H/8, W/8], normalised. Returns pixels [B, 3, T, H, W] in [−1, 1], float32,
+        latent: [B, z, F, h, w], normalised. Returns pixels [B, 3, T, H, W] in [−1, 1], float32,
         T = 4F (4F − 3 at the start), and the caches for the next chunk.
         """
         chunk = Caches(caches)
@@ -246,11 +279,11 @@ class Decoder(nn.Module):
         return self.stream(z, chunk).float().clamp(-1, 1), chunk.new
 
     def stream(self, z: Tensor, caches: Caches) -> Tensor:
-        """Latent (not normalised) [B, z, F, H/8, W/8] -> pixels, unclamped [B, 3, T, H, W]."""
+        """Latent (not normalised) [B, z, F, h, w] -> pixels, unclamped [B, 3, T, H, W]."""
         x = self.conv_in.stream(self.post_quant_conv(z), caches)
-        for layer in (*self.middle, *self.up):
-            x = layer.stream(x, caches)
-        return self.conv_out.stream(self.ops.rms_silu(x, self.norm_out.gamma), caches)
+        x = run_layers((*self.middle, *self.up), x, caches)
+        x = self.conv_out.stream(self.ops.rms_silu(x, self.norm_out.gamma), caches)
+        return unpatchify(x, self.config.patch_size)
 
 
 class VAE(nn.Module):
@@ -292,6 +325,13 @@ def _middle(channels: int, dtype: torch.dtype, ops: Ops) -> nn.ModuleList:
     )
 
 
+def _blocks(
+    count: int, channels: int, out_channels: int, dtype: torch.dtype, ops: Ops
+) -> list[nn.Module]:
+    dims = (channels, *[out_channels] * count)
+    return [ResidualBlock(dim, out_channels, dtype, ops) for dim in dims[:count]]
+
+
 class Statistics:
     """Mean and standard deviation of the latent, each [1, z, 1, 1, 1].
 
@@ -312,6 +352,13 @@ class Statistics:
                 sigma = torch.tensor(self.config.latents_std, device=device)
             self._made[device] = mu.view(1, -1, 1, 1, 1), sigma.view(1, -1, 1, 1, 1)
         return self._made[device]
+
+
+def run_layers(layers: Iterable[Any], x: Tensor, caches: Caches) -> Tensor:
+    """One layer after another, in the order of their slots."""
+    for layer in layers:
+        x = layer.stream(x, caches)
+    return x
 
 
 def frames_as_batch(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
