@@ -98,15 +98,13 @@ class _Compiler:
             for name, value in os.environ.items()
             if name in OURS or not name.startswith("TRITON_")
         }
+        environment["TRITON_DISABLE_LINE_INFO"] = "1"  # it names paths of this machine
         self._socket, theirs = Pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  `ending` closes it
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "wantrt.kernels.ptx_compiler", str(theirs.fileno())],
-                env={
-                    **environment,
-                    "TRITON_DISABLE_LINE_INFO": "1",
-                },  # that is, paths of this machine
+                env=environment,
                 pass_fds=[theirs.fileno()],
                 cwd=Path(wantrt.__file__).parents[1],  # there it finds the same wantrt
                 stdin=subprocess.DEVNULL,

@@ -25,7 +25,12 @@ from wantrt.kernels import ptx as ptx_module
 from wantrt.kernels.aot import FLOAT32, Binding, Launch, Operand, Plugin
 from wantrt.kernels.nodes import PLUGINS
 from wantrt.kernels.ptx import PTX_VERSIONS, Kernel, Source, compile_kernel
-from wantrt.kernels.ptx_compiler import RefusedError, assemble, remove_hidden_parameters
+from wantrt.kernels.ptx_compiler import (
+    RefusedError,
+    assemble,
+    compile_source,
+    remove_hidden_parameters,
+)
 from wantrt.linked import __file__ as a_source
 
 BF16 = torch.bfloat16
@@ -236,6 +241,17 @@ def test_the_environment_does_not_change_the_code(
         assert compile_kernel(source, 90) == before
     finally:
         stop_compiler()
+
+
+def test_fusing_products_into_sums_is_not_left_to_a_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It differs between versions of Triton. Here, in this process, it is off."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
+    source = bind("Modulate").source
+    assert "fma.rn" not in triton_ptx(source, 90, ptx_version=86)
+    assert "fma.rn" in compile_source(source, 90, 86).ptx
 
 
 def test_other_code_has_another_name() -> None:
