@@ -97,6 +97,11 @@ class ImageEncoderConfig:
     num_layers: int = 31
     eps: float = 1e-5
 
+    @property
+    def num_tokens(self) -> int:
+        """Patches, and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expert:
@@ -150,6 +155,18 @@ class Variant:
     def size_step(self) -> int:
         """Width and height are multiples of this many pixels (VAE stride times patch)."""
         return self.vae.spatial_stride * self.experts[0].dit.patch_size[1]
+
+    @property
+    def modulation_rows(self) -> int:
+        """Noise levels among the tokens of a video: TI2V's first frame may be clean."""
+        return 2 if self.task == "ti2v" else 1
+
+    @property
+    def image_rows(self) -> int | None:
+        """Rows of image features that a transformer attends to."""
+        if self.image_encoder is None:
+            return None
+        return self.image_encoder.num_tokens * (2 if self.task == "flf2v" else 1)
 
     def flow_shift_for(self, size: Size) -> float:
         return dict(self.flow_shift_by_size).get(size, self.flow_shift)

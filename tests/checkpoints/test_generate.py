@@ -6,6 +6,7 @@ import torch
 from tests.checkpoints.small import SMALL, make_small
 from wantrt.checkpoints import open_checkpoint
 from wantrt.errors import SettingsError
+from wantrt.models.dit import BlockInputs, rope_tables, run_blocks, timestep_sinusoid
 
 
 def test_a_tensor_depends_on_seed_part_and_name_alone():
@@ -59,12 +60,15 @@ def test_activations_keep_an_ordinary_size(dimensions):
     padded = torch.nn.functional.pad(embeds, (0, 0, 0, 44))
 
     dit = checkpoint.load("transformer", torch.bfloat16)
-    sizes = []
-    for block in dit.blocks:
-        block.register_forward_hook(lambda module, args, out: sizes.append(float(out.std())))
     latent = torch.randn(1, 16, 2, 8, 8, generator=generator)
-    velocity = dit(latent, torch.tensor([[500.0]]), padded)
-    assert len(sizes) == len(dit.blocks)
+    e, e6 = dit.time(timestep_sinusoid(torch.tensor([500.0]), dit.config.freq_dim))
+    tables = rope_tables(dit.config, *latent.shape[2:])
+    given = BlockInputs(e6[None], None, dit.condition(padded)[0], *tables)
+    hidden, sizes = dit.patch(latent), []
+    for block in dit.blocks:
+        hidden = run_blocks([block], hidden, given)
+        sizes.append(float(hidden.std()))
+    velocity = dit.head(hidden, e[None], None, latent)
     assert all(0.3 < size < 20 for size in sizes), sizes
     assert 0.3 < velocity.std() < 3
 

@@ -98,46 +98,72 @@ def _fill(template: str, indices: Sequence[str]) -> str:
 
 
 def dit_names(config: DiTConfig) -> NameMap:
-    def as_patch(shape: Shape) -> Shape:
-        conv = (shape[0], config.in_channels, *config.patch_size)
-        return conv if len(shape) == 2 else shape
-
     embedder = "condition_embedder"
+    image = f"{embedder}.image_embedder"
     return NameMap(
         (
             Row("condition.text.up", "text_embedding.0", f"{embedder}.text_embedder.linear_1"),
             Row("condition.text.down", "text_embedding.2", f"{embedder}.text_embedder.linear_2"),
+            Row("condition.image.norm_in", "img_emb.proj.0", f"{image}.norm1"),
+            Row("condition.image.up", "img_emb.proj.1", f"{image}.ff.net.0.proj"),
+            Row("condition.image.down", "img_emb.proj.3", f"{image}.ff.net.2"),
+            Row("condition.image.norm_out", "img_emb.proj.4", f"{image}.norm2"),
+            Row("condition.image.positions", "img_emb.emb_pos", f"{image}.pos_embed", as_table),
             Row("time.up", "time_embedding.0", f"{embedder}.time_embedder.linear_1"),
             Row("time.down", "time_embedding.2", f"{embedder}.time_embedder.linear_2"),
             Row("time.modulation", "time_projection.1", f"{embedder}.time_proj"),
-            Row("patch.proj", "patch_embedding", "patch_embedding", as_patch),
             Row(
-                "blocks.*.modulation", "blocks.*.modulation", "blocks.*.scale_shift_table", as_table
+                "patch.proj",
+                "patch_embedding",
+                "patch_embedding",
+                as_patch(config, config.in_channels),
             ),
+            *(_row(*row) for row in BLOCK_ROWS),
+            *(_row(*row, container="vace_blocks.*.block") for row in BLOCK_ROWS),
             Row(
-                "blocks.*.self_attn.qkv",
-                "blocks.*.self_attn.q|k|v",
-                "blocks.*.attn1.to_q|to_k|to_v",
+                "vace_start.patch.proj",
+                "vace_patch_embedding",
+                "vace_patch_embedding",
+                as_patch(config, config.vace_channels or 0),
             ),
-            Row("blocks.*.self_attn.norm_q", "blocks.*.self_attn.norm_q", "blocks.*.attn1.norm_q"),
-            Row("blocks.*.self_attn.norm_k", "blocks.*.self_attn.norm_k", "blocks.*.attn1.norm_k"),
-            Row("blocks.*.self_attn.out", "blocks.*.self_attn.o", "blocks.*.attn1.to_out.0"),
-            Row("blocks.*.cross_norm", "blocks.*.norm3", "blocks.*.norm2"),  # theirs swap 2 and 3
-            Row("blocks.*.cross_attn.q", "blocks.*.cross_attn.q", "blocks.*.attn2.to_q"),
-            Row("blocks.*.cross_attn.kv", "blocks.*.cross_attn.k|v", "blocks.*.attn2.to_k|to_v"),
-            Row(
-                "blocks.*.cross_attn.norm_q", "blocks.*.cross_attn.norm_q", "blocks.*.attn2.norm_q"
-            ),
-            Row(
-                "blocks.*.cross_attn.norm_k", "blocks.*.cross_attn.norm_k", "blocks.*.attn2.norm_k"
-            ),
-            Row("blocks.*.cross_attn.out", "blocks.*.cross_attn.o", "blocks.*.attn2.to_out.0"),
-            Row("blocks.*.ffn.up", "blocks.*.ffn.0", "blocks.*.ffn.net.0.proj"),
-            Row("blocks.*.ffn.down", "blocks.*.ffn.2", "blocks.*.ffn.net.2"),
+            Row("vace_start.proj", "vace_blocks.0.before_proj", "vace_blocks.0.proj_in"),
+            Row("vace_blocks.*.proj", "vace_blocks.*.after_proj", "vace_blocks.*.proj_out"),
             Row("head.modulation", "head.modulation", "scale_shift_table", as_table),
             Row("head.proj", "head.head", "proj_out"),
         )
     )
+
+
+def as_patch(config: DiTConfig, channels: int) -> Callable[[Shape], Shape]:
+    """A linear layer over patches that is stored as a convolution; its bias stays."""
+    return lambda shape: (shape[0], channels, *config.patch_size) if len(shape) == 2 else shape
+
+
+# Of a block: prepared, official, Diffusers.
+BLOCK_ROWS: tuple[tuple[str, str, str], ...] = (
+    ("modulation", "modulation", "scale_shift_table"),
+    ("self_attn.qkv", "self_attn.q|k|v", "attn1.to_q|to_k|to_v"),
+    ("self_attn.norm_q", "self_attn.norm_q", "attn1.norm_q"),
+    ("self_attn.norm_k", "self_attn.norm_k", "attn1.norm_k"),
+    ("self_attn.out", "self_attn.o", "attn1.to_out.0"),
+    ("cross_norm", "norm3", "norm2"),  # theirs swap 2 and 3
+    ("cross_attn.q", "cross_attn.q", "attn2.to_q"),
+    ("cross_attn.kv", "cross_attn.k|v", "attn2.to_k|to_v"),
+    ("cross_attn.norm_q", "cross_attn.norm_q", "attn2.norm_q"),
+    ("cross_attn.norm_k", "cross_attn.norm_k", "attn2.norm_k"),
+    ("cross_attn.image_kv", "cross_attn.k_img|v_img", "attn2.add_k_proj|add_v_proj"),
+    ("cross_attn.norm_k_image", "cross_attn.norm_k_img", "attn2.norm_added_k"),
+    ("cross_attn.out", "cross_attn.o", "attn2.to_out.0"),
+    ("ffn.up", "ffn.0", "ffn.net.0.proj"),
+    ("ffn.down", "ffn.2", "ffn.net.2"),
+)
+
+
+def _row(prepared: str, official: str, diffusers: str, container: str = "blocks.*") -> Row:
+    """A row of `BLOCK_ROWS` for the blocks in `container`, which theirs name without ``.block``."""
+    theirs = container.removesuffix(".block")
+    stored = as_table if prepared == "modulation" else as_prepared
+    return Row(f"{container}.{prepared}", f"{theirs}.{official}", f"{theirs}.{diffusers}", stored)
 
 
 # -- The VAE: every layer is a container and, in it, a leaf ---------------------------------------
@@ -157,19 +183,7 @@ VAE_LEAVES = (
 
 
 def vae_names(config: VAEConfig) -> NameMap:
-    containers = [Row("encoder.down.*", "encoder.downsamples.*", "encoder.down_blocks.*")]
-    for stage, block in product(
-        range(len(config.dim_multipliers)), range(config.num_res_blocks + 2)
-    ):
-        flat = stage * (config.num_res_blocks + 2) + block
-        inner = f"resnets.{block}" if block <= config.num_res_blocks else "upsamplers.0"
-        containers.append(
-            Row(
-                f"decoder.up.{flat}",
-                f"decoder.upsamples.{flat}",
-                f"decoder.up_blocks.{stage}.{inner}",
-            )
-        )
+    containers = _stages(config) if config.residual else _flat_stages(config)
     rows = [
         Row("encoder.quant_conv", "conv1", "quant_conv"),
         Row("decoder.post_quant_conv", "conv2", "post_quant_conv"),
@@ -201,6 +215,43 @@ def vae_names(config: VAEConfig) -> NameMap:
         for container, leaf in product(containers, VAE_LEAVES)
     ]
     return NameMap(rows)
+
+
+def _flat_stages(config: VAEConfig) -> list[Row]:
+    """2.1: layers are counted through all stages, but by Diffusers in the decoder."""
+    containers = [Row("encoder.down.*", "encoder.downsamples.*", "encoder.down_blocks.*")]
+    for stage, block in product(
+        range(len(config.dim_multipliers)), range(config.num_res_blocks + 2)
+    ):
+        flat = stage * (config.num_res_blocks + 2) + block
+        inner = f"resnets.{block}" if block <= config.num_res_blocks else "upsamplers.0"
+        containers.append(
+            Row(
+                f"decoder.up.{flat}",
+                f"decoder.upsamples.{flat}",
+                f"decoder.up_blocks.{stage}.{inner}",
+            )
+        )
+    return containers
+
+
+def _stages(config: VAEConfig) -> list[Row]:
+    """2.2: layers are counted within a stage; the last may be the change of resolution."""
+    containers = []
+    for side, way, blocks in (
+        ("encoder", "down", config.num_res_blocks),
+        ("decoder", "up", config.num_res_blocks + 1),
+    ):
+        for layer in range(blocks + 1):
+            inner = f"resnets.{layer}" if layer < blocks else f"{way}sampler"
+            containers.append(
+                Row(
+                    f"{side}.{way}.*.layers.{layer}",
+                    f"{side}.{way}samples.*.{way}samples.{layer}",
+                    f"{side}.{way}_blocks.*.{inner}",
+                )
+            )
+    return containers
 
 
 # -- The text encoder -----------------------------------------------------------------------------

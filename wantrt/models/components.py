@@ -10,13 +10,14 @@ This is the only list of components; export, every runtime and `wantrt verify` r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig, Variant
 from wantrt.errors import SettingsError
-from wantrt.models.dit import DiT, run_blocks
+from wantrt.models.dit import BlockInputs, DiT, run_blocks
 from wantrt.models.ops import TORCH_OPS, Ops
 from wantrt.models.umt5 import TextEncoder
 from wantrt.models.vae import VAE, CausalConv3d, Decoder, Downsample, Encoder, Stage, Upsample
@@ -62,7 +63,7 @@ def part_components(
     if part == "vae":
         return vae_components(variant.vae, dtype, ops)
     (dit,) = (expert.dit for expert in variant.experts if expert.name == part)
-    return dit_components(dit, dtype, stack, ops=ops)
+    return dit_components(dit, dtype, stack, variant.modulation_rows, ops)
 
 
 def text_components(
@@ -111,25 +112,42 @@ def dit_components(
     """dit_condition, dit_time, dit_patch, dit_stack (`stack` blocks a run), dit_head.
 
     `rows` is the number of modulation rows; with more than one, the stack and the head also take
-    `token_row`, the row of each token.
+    `token_row`, the row of each token. Models with an image have N rows of image features. VACE
+    also has dit_vace_start and dit_vace_block; its stacks are cut where a hint enters.
     """
     with torch.device("meta"):
         dit = DiT(config, dtype, ops)
-    stack = stack_size(config.num_layers, stack, at_most=10)
+    stack = dit_stack_size(config, stack)
     latent = TensorSpec(FLOAT, ("B", config.in_channels, "F", "2*h", "2*w"))
     velocity = TensorSpec(FLOAT, ("B", config.out_channels, "F", "2*h", "2*w"))
     hidden = TensorSpec(FLOAT, ("B", "L", config.dim))
     patches = TensorSpec(FLOAT, ("B", "F*h*w", config.dim))
     context = TensorSpec(dtype, ("B", config.text_len, config.dim))
     table = TensorSpec(FLOAT, ("L", config.head_dim // 2))
+    given = {
+        "e6": TensorSpec(FLOAT, ("B", rows, 6, config.dim)),
+        "context": context,
+        "cos": table,
+        "sin": table,
+    }
+    image_features, image_context, hint = {}, {}, {}
+    if config.image_dim is not None:
+        image_features["image_features"] = TensorSpec(FLOAT, ("B", "N", config.image_dim))
+        image_context["image_context"] = TensorSpec(dtype, ("B", "N", config.dim))
+    if config.vace_channels is not None:
+        hint["hint"] = TensorSpec(dtype, ("B", "L", config.dim))
+        hint["hint_scale"] = TensorSpec(FLOAT, (1,))
     token_row = {"token_row": TensorSpec(torch.int64, ("L",))} if rows > 1 else {}
     patch_row = {"token_row": TensorSpec(torch.int64, ("F*h*w",))} if rows > 1 else {}
     return [
         _component(
             "dit_condition",
             _DiTCondition(dit),
-            {"text_embeds": TensorSpec(FLOAT, ("B", config.text_len, config.text_dim))},
-            {"context": context},
+            {
+                "text_embeds": TensorSpec(FLOAT, ("B", config.text_len, config.text_dim)),
+                **image_features,
+            },
+            {"context": context, **image_context},
         ),
         _component(
             "dit_time",
@@ -141,17 +159,11 @@ def dit_components(
             },
         ),
         _component("dit_patch", _DiTPatch(dit), {"latent": latent}, {"hidden": patches}),
+        *_vace_components(config, dit, patches, hidden, given, hint),
         _component(
             "dit_stack",
-            _DiTStack(dit, stack),
-            {
-                "hidden": hidden,
-                "e6": TensorSpec(FLOAT, ("B", rows, 6, config.dim)),
-                "context": context,
-                "cos": table,
-                "sin": table,
-                **token_row,
-            },
+            _DiTStack(dit, stack, (*given, *token_row, *image_context), tuple(hint)),
+            {"hidden": hidden, **given, **token_row, **image_context, **hint},
             {"hidden_out": hidden},
             offsets=range(0, config.num_layers, stack),
         ),
@@ -165,6 +177,35 @@ def dit_components(
                 **patch_row,
             },
             {"velocity": velocity},
+        ),
+    ]
+
+
+def _vace_components(
+    config: DiTConfig,
+    dit: DiT,
+    patches: TensorSpec,
+    hidden: TensorSpec,
+    given: Mapping[str, TensorSpec],
+    hint: Mapping[str, TensorSpec],
+) -> list[Component]:
+    """dit_vace_start and dit_vace_block, one instance a hint; nothing for other models."""
+    if config.vace_channels is None:
+        return []
+    context = TensorSpec(FLOAT, ("B", config.vace_channels, "F", "2*h", "2*w"))
+    return [
+        _component(
+            "dit_vace_start",
+            _VaceStart(dit),
+            {"vace_context": context, "hidden": patches},
+            {"vace_hidden": patches},
+        ),
+        _component(
+            "dit_vace_block",
+            _VaceBlock(dit, tuple(given)),
+            {"vace_hidden": hidden, **given},
+            {"vace_hidden_out": hidden, "hint": hint["hint"]},
+            offsets=range(len(config.vace_layers)),
         ),
     ]
 
@@ -260,6 +301,22 @@ def _cache(conv: nn.Conv3d, num_frames: int, factor: int) -> TensorSpec:
     return TensorSpec(conv.weight.dtype, (1, conv.in_channels, num_frames, height, width))
 
 
+def dit_stack_size(config: DiTConfig, requested: int | None) -> int:
+    """Blocks a stack. Of a VACE model each has one hint, which enters behind its first block."""
+    if config.vace_channels is None:
+        return stack_size(config.num_layers, requested, at_most=10)
+    layers = config.vace_layers
+    step = layers[1] if len(layers) > 1 else config.num_layers
+    if config.num_layers % step or layers != tuple(range(0, config.num_layers, step)):
+        step = 1  # hints at irregular places
+    if requested not in (None, step):
+        raise SettingsError(
+            f"--stack {requested}: the stacks of this model end where hints enter, every {step} "
+            "blocks. Leave it out."
+        )
+    return step
+
+
 def stack_size(num_layers: int, requested: int | None, at_most: int) -> int:
     """Layers a stack: as requested, or the largest divisor of `num_layers` up to `at_most`."""
     divisors = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
@@ -336,8 +393,11 @@ class _DiTCondition(nn.Module):
         super().__init__()
         self.condition = dit.condition
 
-    def forward(self, text_embeds: Tensor) -> tuple[Tensor, ...]:
-        return (self.condition(text_embeds),)
+    def forward(
+        self, text_embeds: Tensor, image_features: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        context, image_context = self.condition(text_embeds, image_features)
+        return (context,) if image_context is None else (context, image_context)
 
 
 class _DiTTime(nn.Module):
@@ -360,20 +420,46 @@ class _DiTPatch(nn.Module):
 
 
 class _DiTStack(nn.Module):
-    def __init__(self, dit: DiT, stack: int) -> None:
+    """given: the names of what comes behind the tokens, of `BlockInputs`; hint: then "hint" …"""
+
+    def __init__(
+        self, dit: DiT, stack: int, given: tuple[str, ...], hint: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
         self.blocks = dit.blocks[:stack]
+        self.given, self.hint = given, hint
 
-    def forward(
-        self,
-        hidden: Tensor,
-        e6: Tensor,
-        context: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        token_row: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        return (run_blocks(self.blocks, hidden, e6, token_row, context, cos, sin),)
+    def forward(self, hidden: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = _block_inputs(self.given, tensors)
+        hint = dict(zip(self.hint, tensors[len(self.given) :], strict=True))
+        return (run_blocks(self.blocks, hidden, given, **hint),)
+
+
+class _VaceStart(nn.Module):
+    def __init__(self, dit: DiT) -> None:
+        super().__init__()
+        self.vace_start = dit.vace_start
+
+    def forward(self, vace_context: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        return (self.vace_start(vace_context, hidden),)
+
+
+class _VaceBlock(nn.Module):
+    def __init__(self, dit: DiT, given: tuple[str, ...]) -> None:
+        super().__init__()
+        self.vace_blocks = dit.vace_blocks[:1]
+        self.given = given
+
+    def forward(self, vace_hidden: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        vace_hidden, hint = self.vace_blocks[0](vace_hidden, _block_inputs(self.given, tensors))
+        return vace_hidden, hint
+
+
+def _block_inputs(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> BlockInputs:
+    """The first of `tensors`, which have these names."""
+    given: dict[str, Any] = dict.fromkeys(BlockInputs._fields)
+    given.update(zip(names, tensors, strict=False))
+    return BlockInputs(**given)
 
 
 class _DiTHead(nn.Module):

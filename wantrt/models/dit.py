@@ -5,13 +5,17 @@ denoising step. Numerics are the official ones: matrix products and attention in
 the residual stream, norms, modulation, gates, time embedding and head in float32; the tables (RoPE,
 time sinusoid) from float64, made on the host.
 
+A model that starts from an image also attends to rows of image features (I2V, FLF2V); one that is
+controlled by a video (VACE) has a second chain of blocks, whose hints enter between its blocks.
+
 Where tokens of a video differ in noise level (the clean first frame of TI2V), they differ by data:
 modulation comes as R rows and `token_row` says which row a token takes. R = 1 and no `token_row` is
 plain T2V. Letters: B batch, L tokens, S text rows, C channels, H heads, D head_dim, R rows.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +51,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the video tokens to the text rows: no mask (padding rows count), no RoPE."""
+    """Attention of the video tokens to the text rows: no mask (padding rows count), no RoPE.
+
+    Where there is an image, a second attention to its rows with the same queries is added.
+    """
 
     def __init__(self, config: DiTConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
@@ -56,16 +63,36 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(config.dim, 2 * config.dim, dtype=dtype)
         self.norm_q = Scale(config.dim)
         self.norm_k = Scale(config.dim)
+        if config.image_dim is not None:
+            self.image_kv = nn.Linear(config.dim, 2 * config.dim, dtype=dtype)
+            self.norm_k_image = Scale(config.dim)
         self.out = nn.Linear(config.dim, config.dim, dtype=dtype)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: [B, L, C]; context: [B, S, C] -> [B, L, C]."""
-        heads, eps = self.config.num_heads, self.config.eps
-        q = self.ops.rms_norm(self.q(x), self.norm_q.weight, eps)
-        k, v = self.kv(context).chunk(2, dim=-1)
-        k = self.ops.rms_norm(k, self.norm_k.weight, eps)
-        q, k, v = (split_heads(t, heads) for t in (q, k, v))
-        return self.out(merge_heads(self.ops.attention(q, k, v, None, self.config.head_dim**-0.5)))
+    def forward(self, x: Tensor, context: Tensor, image_context: Tensor | None = None) -> Tensor:
+        """x: [B, L, C]; context: [B, S, C]; image_context: [B, N, C] -> [B, L, C]."""
+        q = self.ops.rms_norm(self.q(x), self.norm_q.weight, self.config.eps)
+        q = split_heads(q, self.config.num_heads)
+        y = self._attend(q, self.kv(context), self.norm_k)
+        if image_context is not None:
+            y = y + self._attend(q, self.image_kv(image_context), self.norm_k_image)
+        return self.out(merge_heads(y))
+
+    def _attend(self, q: Tensor, kv: Tensor, norm_k: "Scale") -> Tensor:
+        k, v = kv.chunk(2, dim=-1)
+        k = self.ops.rms_norm(k, norm_k.weight, self.config.eps)
+        k, v = (split_heads(t, self.config.num_heads) for t in (k, v))
+        return self.ops.attention(q, k, v, None, self.config.head_dim**-0.5)
+
+
+class BlockInputs(NamedTuple):
+    """What every block of a step is given besides the tokens."""
+
+    e6: Tensor  # [B, R, 6, C] float32
+    token_row: Tensor | None  # [L]
+    context: Tensor  # [B, S, C]
+    cos: Tensor  # [L, D/2]
+    sin: Tensor
+    image_context: Tensor | None = None  # [B, N, C]
 
 
 class Block(nn.Module):
@@ -92,34 +119,28 @@ class Block(nn.Module):
         context: Tensor,
         cos: Tensor,
         sin: Tensor,
+        image_context: Tensor | None = None,
     ) -> Tensor:
-        """x: [B, L, C]; e6: [B, R, 6, C], both float32; context: [B, S, C]; cos, sin: [L, D/2]."""
-        return run_blocks([self], x, e6, token_row, context, cos, sin)
+        """x: [B, L, C] float32; the rest: see `BlockInputs`. Returns x."""
+        return run_blocks([self], x, BlockInputs(e6, token_row, context, cos, sin, image_context))
 
     def rows(self, e6: Tensor) -> Sequence[Tensor]:
         """shift, scale and gate of the self-attention, then of the feed-forward: six [B, R, C]."""
         return (self.modulation + e6).unbind(2)
 
     def run(
-        self,
-        x: Tensor,
-        y: Tensor,
-        rows: Sequence[Tensor],
-        token_row: Tensor | None,
-        context: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        self, x: Tensor, y: Tensor, rows: Sequence[Tensor], given: BlockInputs
     ) -> tuple[Tensor, Tensor]:
         """x, and y = x modulated -> x, and the feed-forward's y, which is still to be added."""
         norm = self.cross_norm
         _, _, gate1, shift2, scale2, _ = rows
-        y = self.self_attn(y, cos, sin)
+        y = self.self_attn(y, given.cos, given.sin)
         x, y = self.ops.gated_residual_norm(
-            x, y, gate1, norm.weight, norm.bias, token_row, norm.eps, self.dtype
+            x, y, gate1, norm.weight, norm.bias, given.token_row, norm.eps, self.dtype
         )
-        y = self.cross_attn(y, context)
+        y = self.cross_attn(y, given.context, given.image_context)
         x, y = self.ops.gated_residual_modulate(
-            x, y, None, shift2, scale2, token_row, self.eps, self.dtype
+            x, y, None, shift2, scale2, given.token_row, self.eps, self.dtype
         )
         return x, self.ffn(y)
 
@@ -127,37 +148,76 @@ class Block(nn.Module):
 def run_blocks(
     blocks: Iterable[nn.Module],
     x: Tensor,
-    e6: Tensor,
-    token_row: Tensor | None,
-    context: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    given: BlockInputs,
+    hint: Tensor | None = None,
+    hint_scale: Tensor | None = None,
 ) -> Tensor:
-    """Blocks, at least one, one after another; tensors as in `Block.forward`."""
+    """Blocks, at least one, one after another. x: [B, L, C] float32.
+
+    hint: [B, L, C] and hint_scale: [1], multiplied and added behind the first block; for models
+    with one row of modulation.
+    """
     first, *others = cast("Iterable[Block]", blocks)
-    ops, eps, dtype = first.ops, first.eps, first.dtype
-    shift, scale, *_, gate = rows = first.rows(e6)
+    ops, eps, dtype, token_row = first.ops, first.eps, first.dtype, given.token_row
+    shift, scale, *_, gate = rows = first.rows(given.e6)
     y = ops.modulate(x, shift, scale, token_row, eps, dtype)
-    x, y = first.run(x, y, rows, token_row, context, cos, sin)
+    x, y = first.run(x, y, rows, given)
+    if hint is not None and hint_scale is not None:
+        x, y = ops.gated_residual(x, y, gate, token_row), hint
+        gate = hint_scale.expand(x.shape[0], 1, x.shape[2])
     for block in others:
-        rows = block.rows(e6)
+        rows = block.rows(given.e6)
         shift, scale = rows[:2]
         x, y = ops.gated_residual_modulate(x, y, gate, shift, scale, token_row, eps, dtype)
-        x, y = block.run(x, y, rows, token_row, context, cos, sin)
+        x, y = block.run(x, y, rows, given)
         gate = rows[5]
     return ops.gated_residual(x, y, gate, token_row)
 
 
+class ImageProjection(nn.Module):
+    """CLIP features -> rows that every block attends to (official ``img_emb``).
+
+    `positions` tell a first image's rows from a last one's (FLF2V).
+    """
+
+    EPS = 1e-5
+
+    def __init__(self, config: DiTConfig, image_dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        if config.image_positions is not None:
+            self.positions = nn.Parameter(torch.zeros(config.image_positions, image_dim))
+        self.norm_in = nn.LayerNorm(image_dim, eps=self.EPS)
+        self.up = nn.Linear(image_dim, image_dim, dtype=dtype)
+        self.down = nn.Linear(image_dim, config.dim, dtype=dtype)
+        self.norm_out = nn.LayerNorm(config.dim, eps=self.EPS)
+        self.has_positions = config.image_positions is not None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: [B, N, image_dim] float32 -> [B, N, C] in the model's dtype."""
+        dtype = self.up.weight.dtype
+        x = features + self.positions if self.has_positions else features
+        x = self.down(F.gelu(self.up(self.norm_in(x).to(dtype))))
+        return self.norm_out(x.float()).to(dtype)
+
+
 class DiTCondition(nn.Module):
-    """Text features -> context, the rows that every block attends to."""
+    """Text features -> context, image features -> image_context: what every block attends to."""
 
     def __init__(self, config: DiTConfig, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
         self.text = FeedForward(config.text_dim, config.dim, dtype, config.dim, ops)
+        if config.image_dim is not None:
+            self.image = ImageProjection(config, config.image_dim, dtype)
 
-    def forward(self, text_embeds: Tensor) -> Tensor:
-        """text_embeds: [B, text_len, text_dim], rows past the prompt zero -> [B, text_len, C]."""
-        return self.text(text_embeds.to(self.text.up.weight.dtype))
+    def forward(
+        self, text_embeds: Tensor, image_features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """text_embeds: [B, text_len, text_dim], rows past the prompt zero -> [B, text_len, C].
+
+        image_features: [B, N, image_dim] -> [B, N, C], None for models without an image.
+        """
+        context = self.text(text_embeds.to(self.text.up.weight.dtype))
+        return context, None if image_features is None else self.image(image_features)
 
 
 class DiTTime(nn.Module):
@@ -191,6 +251,34 @@ class DiTPatch(nn.Module):
         patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, L, C·pt·ph·pw]
         hidden: Tensor = self.proj(patches.to(self.proj.weight.dtype))
         return hidden.float()
+
+
+class VaceStart(nn.Module):
+    """The context of a controlled video (VACE) and the tokens -> the second chain's tokens."""
+
+    def __init__(self, config: DiTConfig, channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.patch = DiTPatch(replace(config, in_channels=channels), dtype)
+        self.proj = nn.Linear(config.dim, config.dim, dtype=dtype)
+
+    def forward(self, vace_context: Tensor, hidden: Tensor) -> Tensor:
+        """vace_context: [B, channels, F, H, W]; hidden: [B, L, C] -> [B, L, C] float32."""
+        tokens = self.patch(vace_context).to(self.proj.weight.dtype)
+        return self.proj(tokens).float() + hidden
+
+
+class VaceBlock(nn.Module):
+    """Block m of the second chain, and the hint that it gives to the main block vace_layers[m]."""
+
+    def __init__(self, config: DiTConfig, dtype: torch.dtype, ops: Ops) -> None:
+        super().__init__()
+        self.block = Block(replace(config, image_dim=None), dtype, ops)
+        self.proj = nn.Linear(config.dim, config.dim, dtype=dtype)
+
+    def forward(self, x: Tensor, given: BlockInputs) -> tuple[Tensor, Tensor]:
+        """x: [B, L, C] float32 -> x, and the hint [B, L, C] in the model's dtype."""
+        x = run_blocks([self.block], x, given)
+        return x, self.proj(x.to(self.proj.weight.dtype))
 
 
 class DiTHead(nn.Module):
@@ -231,6 +319,11 @@ class DiT(nn.Module):
         self.time = DiTTime(config)
         self.patch = DiTPatch(config, dtype)
         self.blocks = nn.ModuleList(Block(config, dtype, ops) for _ in range(config.num_layers))
+        if config.vace_channels is not None:
+            self.vace_start = VaceStart(config, config.vace_channels, dtype)
+            self.vace_blocks = nn.ModuleList(
+                VaceBlock(config, dtype, ops) for _ in config.vace_layers
+            )
         self.head = DiTHead(config, ops)
 
     def forward(
@@ -239,21 +332,42 @@ class DiT(nn.Module):
         timestep: Tensor,
         text_embeds: Tensor,
         token_row: Tensor | None = None,
+        image_features: Tensor | None = None,
+        vace_context: Tensor | None = None,
+        vace_scale: float = 1.0,
     ) -> Tensor:
         """Velocity of the latent.
 
         latent: [B, in_channels, F, H, W]; timestep: [B, R] in [0, 1000];
-        text_embeds: [B, text_len, text_dim]; token_row: [L] int64 when R > 1.
+        text_embeds: [B, text_len, text_dim]; token_row: [L] int64 when R > 1;
+        image_features: [B, N, image_dim]; vace_context: [B, vace_channels, F, H, W].
         Returns [B, out_channels, F, H, W] float32.
         """
         frames, height, width = latent.shape[2:]
         cos, sin = rope_tables(self.config, frames, height, width, latent.device)
         e, e6 = self.time(timestep_sinusoid(timestep.flatten(), self.config.freq_dim))
         e, e6 = e.unflatten(0, timestep.shape), e6.unflatten(0, timestep.shape)  # [B, R, ...]
-        context = self.condition(text_embeds)
+        context, image_context = self.condition(text_embeds, image_features)
+        given = BlockInputs(e6, token_row, context, cos, sin, image_context)
         hidden = self.patch(latent)
-        hidden = run_blocks(self.blocks, hidden, e6, token_row, context, cos, sin)
+        if vace_context is None:
+            hidden = run_blocks(self.blocks, hidden, given)
+        else:
+            hidden = self._run_with_hints(hidden, given, vace_context, vace_scale)
         return self.head(hidden, e, token_row, latent)
+
+    def _run_with_hints(
+        self, hidden: Tensor, given: BlockInputs, vace_context: Tensor, vace_scale: float
+    ) -> Tensor:
+        scale = torch.full((1,), vace_scale, device=hidden.device)
+        chain = self.vace_start(vace_context, hidden)
+        vace_blocks = iter(self.vace_blocks)
+        for index, block in enumerate(self.blocks):
+            hint = None
+            if index in self.config.vace_layers:
+                chain, hint = next(vace_blocks)(chain, given)
+            hidden = run_blocks([block], hidden, given, hint, scale)
+        return hidden
 
 
 class FeedForward(nn.Module):
