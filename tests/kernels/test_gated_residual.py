@@ -18,11 +18,15 @@ from wantrt.kernels.gated_residual import (
 
 SIZES = pytest.mark.parametrize(
     "batch, seq_len, channels",
-    [(2, 7, 97), (2, 3, 1536), (1, 3, 3072), (1, 3, 5120), (1, 1, 1)],
+    [(2, 7, 97), (2, 2, 1536), (1, 2, 3072), (1, 2, 5120), (1, 1, 1)],
     ids=["odd", "1.3B", "5B", "14B", "one"],
 )
 ROWS = pytest.mark.parametrize("rows", [None, 2], ids=["per batch", "per token"])
-GATED = pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
+ROWS_GATED = pytest.mark.parametrize(
+    "rows, gated",
+    [(None, True), (2, True), (None, False), (2, False)],
+    ids=["per batch", "per token", "no gate", "per token, no gate"],
+)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)  # of y and of the norm
 PLAIN_NAMES = ("x", "y", "gate", "token_row")
 MODULATE_NAMES = ("x", "y", "gate", "shift", "scale", "token_row", "eps", "dtype")
@@ -60,8 +64,7 @@ def test_alone(batch, seq_len, channels, dtype, rows, kernel_device):
     assert_equal(gated_residual(*arguments), gated_residual_reference(*arguments))
 
 
-@GATED
-@ROWS
+@ROWS_GATED
 @DTYPE
 @SIZES
 def test_with_modulate(batch, seq_len, channels, dtype, rows, gated, kernel_device):
@@ -70,8 +73,7 @@ def test_with_modulate(batch, seq_len, channels, dtype, rows, gated, kernel_devi
     assert_equal(gated_residual_modulate(*arguments), gated_residual_modulate_reference(*arguments))
 
 
-@GATED
-@ROWS
+@ROWS_GATED
 @DTYPE
 @SIZES
 def test_with_norm(batch, seq_len, channels, dtype, rows, gated, kernel_device):
@@ -103,7 +105,7 @@ def test_the_inputs_stay(kernel_device):
     assert_equal((arguments["x"], arguments["y"]), before)
 
 
-@pytest.mark.parametrize("rows, gated", [(None, True), (2, True), (2, False)])
+@ROWS_GATED
 def test_are_sound_torch_ops(rows, gated, kernel_device):
     arguments = make(2, 5, 96, torch.bfloat16, kernel_device, rows, gated)
     ops = [(gated_residual_modulate, MODULATE_NAMES), (gated_residual_norm, NORM_NAMES)]

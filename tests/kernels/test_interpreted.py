@@ -1,6 +1,7 @@
-"""Runs the tests of each kernel in a child process where Triton interprets kernels on the CPU."""
+"""Runs the tests of the kernels in child processes where Triton interprets kernels on the CPU."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,22 +11,24 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-KERNELS = (
-    "modulate",
-    "gated_residual",
-    "qk_norm_rope",
-    "rope",
-    "rms_norm",
-    "guide_and_step",
-    "rms_silu",
+GROUPS = (
+    ("modulate", "rms_norm", "rope"),
+    ("gated_residual",),
+    ("qk_norm_rope", "guide_and_step", "rms_silu"),
+    ("addresses",),
 )
+SLOW_GROUPS = (("ops",),)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_interpreted(kernel):
+@pytest.mark.parametrize(
+    "group",
+    [*GROUPS, *(pytest.param(group, marks=pytest.mark.slow) for group in SLOW_GROUPS)],
+    ids=" ".join,
+)
+def test_interpreted(group):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
-        [*command, str(HERE / f"test_{kernel}.py")],
+        [*command, *(str(HERE / f"test_{name}.py") for name in group)],
         cwd=HERE.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
@@ -35,3 +38,13 @@ def test_interpreted(kernel):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "passed" in result.stdout
     assert "skipped" not in result.stdout
+
+
+def test_no_test_of_a_kernel_is_left_out():
+    """Without a GPU, a test that takes the `kernel_device` runs here or nowhere."""
+    takers = {
+        path.stem.removeprefix("test_")
+        for path in HERE.glob("test_*.py")
+        if re.search(r"^def test.*\bkernel_device\b", path.read_text(), re.MULTILINE)
+    }
+    assert takers <= {name for group in GROUPS + SLOW_GROUPS for name in group}
