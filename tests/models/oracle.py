@@ -25,8 +25,8 @@ DIMENSIONS = (
 class Oracle:
     """Our checkpoint (official layout) and their folder (Diffusers layout), of the same weights."""
 
-    def __init__(self, folder: Path) -> None:
-        generated = open_checkpoint(DIMENSIONS, "t2v-1.3b")
+    def __init__(self, folder: Path, variant: str = "t2v-1.3b") -> None:
+        generated = open_checkpoint(DIMENSIONS, variant)
         write_official(generated, folder / "official", shard_bytes=1_000_000)
         write_diffusers(generated, folder / "diffusers", shard_bytes=1_000_000)
         self.ours: Checkpoint = open_checkpoint(folder / "official")

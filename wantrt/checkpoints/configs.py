@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +164,26 @@ def _optional(specs: Specs, name: str, axis: int) -> int | None:
 
 def official_vae(specs: Specs, where: str) -> VAEConfig:
     """From names and shapes. The latent's statistics are those of the VAE with as many channels."""
-    if "encoder.downsamples.0.downsamples.0.residual.2.weight" in specs:
+    dim, in_channels = shape_of(specs, "encoder.conv1.weight", 5, where)[:2]
+    patch_size = math.isqrt(in_channels // 3)
+    if in_channels != 3 * patch_size**2:
         raise CheckpointError(
-            f"{where} is a Wan 2.2 VAE (16x16 cells). This version has the Wan 2.1 VAE only."
+            f"{where}: the encoder takes {in_channels} channels. Expected 3 for every pixel of a "
+            "square patch: 3 (Wan 2.1) or 12 (Wan 2.2)."
         )
-    dim = shape_of(specs, "encoder.conv1.weight", 5, where)[0]
+    down = "encoder.downsamples"
+    indices = range(_count(specs, rf"{down}\.(\d+)\.", where))
+    layers = [f"{down}.{index}" for index in indices]
+    residual = any(name.startswith(f"{down}.0.downsamples.") for name in specs)
+    if residual:
+        layers = [
+            f"{stage}.downsamples.{index}"
+            for stage in layers
+            for index in range(_count(specs, rf"{stage}\.downsamples\.(\d+)\.", where))
+        ]
     stages: list[list[int]] = [[]]  # output channels of the residual blocks, stage by stage
     temporal = []
-    for index in range(_count(specs, r"encoder\.downsamples\.(\d+)\.", where)):
-        prefix = f"encoder.downsamples.{index}"
+    for prefix in layers:
         if f"{prefix}.resample.1.weight" in specs:
             temporal.append(f"{prefix}.time_conv.weight" in specs)
             stages.append([])
@@ -185,25 +197,28 @@ def official_vae(specs: Specs, where: str) -> VAEConfig:
         )
     multipliers = tuple(stage[-1] // dim for stage in stages)
     out_dim = shape_of(specs, "decoder.head.2.weight", 5, where)[1]
-    return with_statistics(
-        VAEConfig(
-            z_dim=shape_of(specs, "conv2.weight", 5, where)[0],
-            encoder_dim=dim,
-            decoder_dim=out_dim // multipliers[0],
-            latents_mean=(),
-            latents_std=(),
-            dim_multipliers=multipliers,
-            num_res_blocks=len(stages[0]),
-            temporal_downsample=tuple(temporal),
-        )
+    vae = VAEConfig(
+        z_dim=shape_of(specs, "conv2.weight", 5, where)[0],
+        encoder_dim=dim,
+        decoder_dim=out_dim // multipliers[0],
+        latents_mean=(),
+        latents_std=(),
+        dim_multipliers=multipliers,
+        num_res_blocks=len(stages[0]),
+        temporal_downsample=tuple(temporal),
+        patch_size=patch_size,
+        residual=residual,
     )
+    return with_statistics(checked_vae(vae, where))
 
 
 def diffusers_vae(config: Fields) -> VAEConfig:
     """From the Diffusers ``config.json``; what it leaves out has the defaults of the class."""
     config.demand("attn_scales", [])
-    config.demand("is_residual", False)
-    config.demand("patch_size", None, 1)
+    config.demand("is_residual", False, True)
+    patch_size = config.integer("patch_size", 1, at_most=16)
+    config.demand("in_channels", 3 * patch_size**2)
+    config.demand("out_channels", 3 * patch_size**2)
     dim = config.integer("base_dim", VAE_2_1.encoder_dim)
     vae = VAEConfig(
         z_dim=config.integer("z_dim", VAE_2_1.z_dim),
@@ -214,6 +229,8 @@ def diffusers_vae(config: Fields) -> VAEConfig:
         dim_multipliers=config.sequence("dim_mult", int, VAE_2_1.dim_multipliers),
         num_res_blocks=config.integer("num_res_blocks", VAE_2_1.num_res_blocks, at_most=MAX_LAYERS),
         temporal_downsample=config.sequence("temperal_downsample", bool, (False, True, True)),
+        patch_size=patch_size,
+        residual=bool(config.values.get("is_residual")),
     )
     if len(vae.temporal_downsample) != len(vae.dim_multipliers) - 1:
         raise CheckpointError(
@@ -225,6 +242,7 @@ def diffusers_vae(config: Fields) -> VAEConfig:
             f"{config.path}: dim_mult is {list(vae.dim_multipliers)}. Expected numbers from 1 to "
             f"{MAX_LAYERS}."
         )
+    checked_vae(vae, str(config.path))
     if not vae.latents_mean and not vae.latents_std:
         return with_statistics(vae)
     if len(vae.latents_mean) != vae.z_dim or len(vae.latents_std) != vae.z_dim:
@@ -239,6 +257,24 @@ def diffusers_vae(config: Fields) -> VAEConfig:
         raise CheckpointError(
             f"{config.path}: expected finite latents_mean, and latents_std above 0, by which "
             "latents are divided."
+        )
+    return vae
+
+
+def checked_vae(vae: VAEConfig, where: str) -> VAEConfig:
+    """`vae` if the shortcuts of its stages have as many channels as they need."""
+    if not vae.residual:
+        return vae
+    multipliers = vae.dim_multipliers
+    positions = [8 if temporal else 4 for temporal in vae.temporal_downsample]  # that become one
+    down = zip(pairwise((1, *multipliers)), (*positions, 1), strict=True)
+    up = zip(pairwise((multipliers[-1], *multipliers[::-1])), positions[::-1], strict=False)
+    if any(dim * factor % out_dim for (dim, out_dim), factor in down) or any(
+        dim % out_dim or out_dim * factor % dim for (dim, out_dim), factor in up
+    ):
+        raise CheckpointError(
+            f"{where}: the stages have {list(multipliers)} times the channels of the first. "
+            "Expected a VAE with shortcuts to double them, or to leave them, from one to the next."
         )
     return vae
 

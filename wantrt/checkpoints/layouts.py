@@ -177,6 +177,14 @@ def diffusers_dit_config(dit: DiTConfig) -> dict[str, Any]:
 
 
 def diffusers_vae_config(vae: VAEConfig) -> dict[str, Any]:
+    channels = 3 * vae.patch_size**2
+    patches = {
+        "in_channels": channels,
+        "is_residual": vae.residual,
+        "out_channels": channels,
+        "patch_size": vae.patch_size,
+        "scale_factor_spatial": vae.spatial_stride,
+    }
     return {
         "_class_name": "AutoencoderKLWan",
         "attn_scales": [],
@@ -189,6 +197,7 @@ def diffusers_vae_config(vae: VAEConfig) -> dict[str, Any]:
         "num_res_blocks": vae.num_res_blocks,
         "temperal_downsample": list(vae.temporal_downsample),  # spelled as diffusers does
         "z_dim": vae.z_dim,
+        **(patches if vae.residual or vae.patch_size > 1 else {}),  # which 2.1 does without
     }
 
 
@@ -220,7 +229,7 @@ def model_index(variant: Variant) -> dict[str, Any]:
     return {
         "_class_name": "WanPipeline",
         "boundary_ratio": variant.boundary_ratio,
-        "expand_timesteps": False,
+        "expand_timesteps": variant.task == "ti2v",
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
