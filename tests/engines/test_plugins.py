@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 
 from tests.engines.plans import components, make_request
 from tests.engines.stubs import make_stubs, run_on_stubs
+from tests.kernels.compiler import empty_cache  # noqa: F401  a fixture
 from tests.kernels.plugin_cases import BATCH, TOKENS, make_node
 from wantrt.engines import builder as builder_module
 from wantrt.engines.cache import plan_key
@@ -66,7 +67,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def stubs(tmp_path_factory) -> Path:
+def stubs(tmp_path_factory, empty_cache) -> Path:  # noqa: F811
     return make_stubs(tmp_path_factory.mktemp("stubs"))
 
 
@@ -84,6 +85,7 @@ def results(driven: Case) -> Mapping[str, Case]:
     return dict(zip(CASES, driven["cases"], strict=True))
 
 
+@pytest.mark.slow
 def test_all_are_registered_once_and_none_needs_python_to_run(driven: Case) -> None:
     """Twice asked for (the driver does). A plugin of TensorRT's may be called back at every run."""
     assert driven["registered"] == sorted(f"{PLUGIN_NAMESPACE}::{name}" for name in PLUGINS)
@@ -91,6 +93,7 @@ def test_all_are_registered_once_and_none_needs_python_to_run(driven: Case) -> N
     assert driven["flags"] == [0, 1 << 2]  # PREFER_AOT_PYTHON_PLUGINS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_build_asks(case: str, results: Mapping[str, Case]) -> None:
     """Types, shapes, formats, the kernel, its launch and its scalars, static and dynamic."""
@@ -134,6 +137,7 @@ def spoil(name: str, index: int, dtype: str, shape: list[int] | None = None) -> 
     return {**case, "inputs": inputs}
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_said_in_the_error_of_the_build(stubs: Path) -> None:
     """TensorRT swallows what a plugin raises."""
     of_dtype = make_case("Modulate")
@@ -151,6 +155,7 @@ def test_what_is_refused_is_said_in_the_error_of_the_build(stubs: Path) -> None:
         assert message in result["reported"]
 
 
+@pytest.mark.slow
 def test_a_gpu_without_kernels_is_refused(stubs: Path) -> None:
     (result,) = drive(stubs, [make_case("Modulate")], target="sm75")["cases"]
     assert "not for sm75: build without plugins" in result["reported"]

@@ -8,7 +8,6 @@ cache is an empty folder, so nothing here was compiled before.
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ pytest.importorskip("triton")
 
 import triton
 
+from tests.kernels.compiler import empty_cache, stop_compiler  # noqa: F401  a fixture
 from tests.kernels.plugin_cases import BATCH, PROGRAMS, TOKENS, WIDTHS, make_node
 from wantrt.errors import BuildError
 from wantrt.kernels import ptx as ptx_module
@@ -44,21 +44,7 @@ GPUS = (80, 86, 89, 90, 100, 120)  # one of each kind; the rest differ in name
 TYPES = {"*": ".u64", "i": ".u32"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_compiler(tmp_path_factory) -> Iterator[None]:
-    """One with an empty cache; afterwards others get their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        stop_compiler()
-        yield
-    stop_compiler()
-
-
-def stop_compiler() -> None:
-    compile_kernel.cache_clear()
-    compiler = ptx_module._compilers.pop(os.getpid(), None)
-    if compiler is not None:
-        compiler.stop()
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def bind(name: str, width: str = "1.3B", dtype: torch.dtype = BF16) -> Binding:
