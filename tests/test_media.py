@@ -12,7 +12,8 @@ import pytest
 
 from wantrt.encoders import gif_durations_ms
 from wantrt.errors import MediaError
-from wantrt.media import Video, VideoWriter, check_output, load_image, read_metadata
+from wantrt.images import load_image
+from wantrt.media import Video, VideoWriter, check_output, read_metadata
 
 METADATA = {"prompt": "a red circle, 红色的圆", "seed": 42, "settings": {"steps": 20}}
 

@@ -1,4 +1,4 @@
-"""Images and video in and out.
+"""Writing video: mp4, gif, png or a folder of frames. Reading is in images.py and videos.py.
 
 A file appears whole or not at all: it is written beside its place under another name and renamed at
 the end; an error or Ctrl-C leaves nothing behind. How it was made travels inside it.
@@ -18,13 +18,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from wantrt.encoders import ENCODERS, METADATA_KEY, Encoder, Frames
 from wantrt.errors import MediaError
+from wantrt.images import IMAGE_FORMATS
 
 FORMATS = ".mp4, .gif, .png (one frame), or a folder of pngs (frames/)"
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not EPS: it would run Ghostscript
 LARGEST_SHARE = {".mp4": 0.25, ".gif": 0.5, ".png": 1.1, "": 1.1}  # of the frames' bytes: noise
 MARGIN_BYTES = 2**16
 
@@ -251,18 +250,3 @@ def read_text(file: Path) -> str | bytes:
     with Image.open(file, formats=IMAGE_FORMATS) as image:
         text: str | bytes = image.info[METADATA_KEY]
         return text
-
-
-def load_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Read an image as uint8 RGB [H, W, 3], turned upright; transparency is dropped.
-
-    Raises MediaError for what is missing, damaged, no image or absurdly large.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            upright = ImageOps.exif_transpose(image)
-            return np.array(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"cannot read the image {path}: {error}") from error
