@@ -1,12 +1,17 @@
 """Generated weights: the same in any order, and tame through many layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.checkpoints.small import SMALL, make_small
 from wantrt.checkpoints import open_checkpoint
+from wantrt.checkpoints.generate import GeneratedTensors
+from wantrt.config import VAE_2_2
 from wantrt.errors import SettingsError
 from wantrt.models.dit import BlockInputs, rope_tables, run_blocks, timestep_sinusoid
+from wantrt.models.vae import VAE
 
 
 def test_a_tensor_depends_on_seed_part_and_name_alone():
@@ -78,3 +83,29 @@ def test_activations_keep_an_ordinary_size(dimensions):
     assert (pixels.abs() == 1).float().mean() < 0.2  # few clamped
     encoded, _ = vae.encode(pixels)
     assert 0.05 < encoded.std() < 5
+
+
+@torch.inference_mode()
+def test_activations_of_the_2_2_vae_keep_an_ordinary_size():
+    """Its shortcuts add up along the stages."""
+    with torch.device("meta"):
+        vae = VAE(replace(VAE_2_2, encoder_dim=32, decoder_dim=32))
+    tensors = GeneratedTensors(0, "vae", vae)
+    vae.load_state_dict({name: tensors.read(name) for name in tensors.specs}, assign=True)
+    sizes = []
+    for stage in (*vae.decoder.up, *vae.encoder.down):
+        stream = stage.stream
+
+        def measured(x, caches, stream=stream):
+            sizes.append(float((x := stream(x, caches)).std()))
+            return x
+
+        stage.stream = measured
+    latent = torch.randn(1, 48, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels, _ = vae.decode(latent)
+    assert 0.1 < pixels.std() < 1
+    assert (pixels.abs() == 1).float().mean() < 0.2  # few clamped
+    encoded, _ = vae.encode(pixels)
+    assert 0.05 < encoded.std() < 5
+    assert len(sizes) == 8
+    assert all(0.3 < size < 20 for size in sizes), sizes

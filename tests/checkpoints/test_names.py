@@ -18,10 +18,11 @@ from wantrt.checkpoints.layouts import (
 )
 from wantrt.config import VARIANTS
 
-T2V = [VARIANTS[name] for name in ("t2v-1.3b", "t2v-14b", "nano")]  # A14B: two of 14B
+ROWS = [VARIANTS[name] for name in ("t2v-1.3b", "t2v-14b", "ti2v-5b", "nano")]  # A14B: two of 14B
 PUBLISHED = {  # variant -> part -> (stored tensors, parameters)
     "t2v-1.3b": {"transformer": (825, 1_418_996_800)},
     "t2v-14b": {"transformer": (1095, 14_288_491_584)},
+    "ti2v-5b": {"transformer": (825, 4_999_787_712), "vae": (196, 704_688_668)},
     "t2v-a14b": {"high_noise": (1095, 14_288_491_584), "low_noise": (1095, 14_288_491_584)},
 }
 ENCODERS = {"text_encoder": (242, 5_680_910_336), "vae": (194, 126_892_531)}
@@ -45,13 +46,13 @@ def meta(config):
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_counts_are_the_published_ones(name, layout):
-    for part, (tensors, parameters) in (PUBLISHED[name] | ENCODERS).items():
+    for part, (tensors, parameters) in (ENCODERS | PUBLISHED[name]).items():
         shapes = stored_shapes(VARIANTS[name], part, layout)
         assert len(shapes) == tensors
         assert sum(prod(shape) for shape in shapes.values()) == parameters
 
 
-@pytest.mark.parametrize("variant", T2V, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", ROWS, ids=lambda variant: variant.name)
 def test_diffusers_names_and_shapes_are_those_of_its_modules(variant):
     dit = diffusers_dit_config(variant.experts[0].dit)
     with torch.device("meta"):
@@ -88,3 +89,21 @@ def test_diffusers_names_and_shapes_are_those_of_its_modules(variant):
 )
 def test_official_names_and_shapes(part, name, shape):
     assert stored_shapes(VARIANTS["t2v-1.3b"], part, "official")[name] == shape
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("encoder.conv1.weight", (160, 12, 3, 3, 3)),
+        ("encoder.downsamples.0.downsamples.2.resample.1.weight", (160, 160, 3, 3)),
+        ("encoder.downsamples.1.downsamples.0.shortcut.weight", (320, 160, 1, 1, 1)),
+        ("encoder.downsamples.2.downsamples.2.time_conv.weight", (640, 640, 3, 1, 1)),
+        ("decoder.upsamples.1.upsamples.3.resample.1.weight", (1024, 1024, 3, 3)),
+        ("decoder.upsamples.0.upsamples.3.time_conv.weight", (2048, 1024, 3, 1, 1)),
+        ("decoder.upsamples.2.upsamples.0.shortcut.weight", (512, 1024, 1, 1, 1)),
+        ("decoder.upsamples.3.upsamples.0.shortcut.weight", (256, 512, 1, 1, 1)),
+        ("decoder.head.2.weight", (12, 256, 3, 3, 3)),
+    ],
+)
+def test_official_names_and_shapes_of_the_2_2_vae(name, shape):
+    assert stored_shapes(VARIANTS["ti2v-5b"], "vae", "official")[name] == shape
