@@ -4,8 +4,6 @@ Inputs, scalars and outputs, and nothing else: what TensorRT would pass. Needs T
 """
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,31 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tests.kernels.plugin_cases import make_node
-from wantrt.kernels.aot import ONNX_DTYPES
+from tests.kernels.plugin_cases import make_node, make_values, reference
 from wantrt.kernels.nodes import PLUGINS
 from wantrt.kernels.ptx import Kernel, compile_kernel
-from wantrt.models import ops
-from wantrt.schedulers.solver import guided_step
 
 pytestmark = pytest.mark.gpu
 
-BY_ROWS = tuple(name for name in PLUGINS if f"{name}Rows" in PLUGINS)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-9}
-Values = dict[str, Any]
-References = dict[str, Callable[[Values], tuple[Tensor, ...] | Tensor]]
-REFERENCES: References = {
-    "Modulate": lambda v: ops.modulate(**v),
-    "GatedResidual": lambda v: ops.gated_residual(**v),
-    "GatedResidualModulate": lambda v: ops.gated_residual_modulate(**v),
-    "ResidualModulate": lambda v: ops.gated_residual_modulate(gate=None, **v),
-    "GatedResidualNorm": lambda v: ops.gated_residual_norm(**v),
-    "QkNormRope": lambda v: ops.qk_norm_rope(**v)[:2],
-    "Rope": lambda v: ops.rope(**v),
-    "RmsNorm": lambda v: ops.rms_norm(**v),
-    "RmsSilu": lambda v: ops.rms_silu(**v),
-    "GuideAndStep": lambda v: guided_step(**v),
-}
 
 
 def launch(
@@ -76,29 +56,12 @@ def launch(
     call("cuModuleUnload", module)
 
 
-def make_values(name: str, width: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], Values]:
-    """Tensors for the inputs of a node, and its attributes as the references take them."""
-    inputs, attributes = make_node(name, width, dtype)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        key: (
-            torch.randint(3, each.shape, generator=generator)
-            if each.dtype == torch.int64
-            else torch.randn(each.shape, generator=generator).to(each.dtype)
-        ).cuda()
-        for key, each in inputs.items()
-    }
-    if "dtype" in attributes:
-        return tensors, {**attributes, "dtype": ONNX_DTYPES[attributes["dtype"]]}
-    return tensors, dict(attributes)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", ["1.3B", "14B"])
 @pytest.mark.parametrize("name", PLUGINS)
 def test_equals_reference(name: str, width: str, dtype: torch.dtype) -> None:
     major, minor = torch.cuda.get_device_capability()
-    tensors, attributes = make_values(name, width, dtype)
+    tensors = make_values(name, width, dtype, "cuda")
     operands, node = make_node(name, width, dtype)
     binding = PLUGINS[name].bind(operands, node)
     kernel = compile_kernel(binding.source, 10 * major + minor)
@@ -107,11 +70,6 @@ def test_equals_reference(name: str, width: str, dtype: torch.dtype) -> None:
         for each in PLUGINS[name].infer_outputs(operands, node)
     ]
     launch(kernel, binding.grid, list(tensors.values()), list(binding.scalars), out)
-    values = {**tensors, **attributes}
-    if name in BY_ROWS:
-        values.setdefault("token_row", None)
-    expected = REFERENCES[name.removesuffix("Rows")](values)
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    for actual, reference in zip(out, expected, strict=True):
+    for actual, expected in zip(out, reference(name, tensors, node), strict=True):
         tolerance = TOLERANCE[actual.dtype]
-        torch.testing.assert_close(actual, reference, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

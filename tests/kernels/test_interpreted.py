@@ -17,7 +17,7 @@ GROUPS = (
     ("qk_norm_rope", "guide_and_step", "rms_silu"),
     ("addresses",),
 )
-SLOW_GROUPS = (("ops",),)
+SLOW_GROUPS = (("ops",), ("launches",))
 
 
 @pytest.mark.parametrize(
