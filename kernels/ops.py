@@ -3,6 +3,7 @@
 Imports without Triton; `kernel_ops` needs it.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -39,11 +40,7 @@ def kernel_ops() -> Ops:
         raise RuntimeUnavailableError(
             "the kernels need Triton, which is not installed: pip install triton"
         ) from error
-    from wantrt.kernels.gated_residual import (
-        gated_residual,
-        gated_residual_modulate,
-        gated_residual_norm,
-    )
+    from wantrt.kernels.gated_residual import gated_residual_norm
     from wantrt.kernels.modulate import modulate
     from wantrt.kernels.rms_norm import rms_norm
     from wantrt.kernels.rms_silu import rms_silu
@@ -84,6 +81,31 @@ def qk_norm_rope(
     return q, k, split_heads(qkv.chunk(3, dim=-1)[2], num_heads)
 
 
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, token_row: Tensor | None) -> Tensor:
+    """See `wantrt.models.ops.gated_residual`."""
+    from wantrt.kernels.gated_residual import gated_residual as kernel
+
+    return kernel(x, y, _alike(gate)[0], token_row)
+
+
+def gated_residual_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    token_row: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See `wantrt.models.ops.gated_residual_modulate`."""
+    from wantrt.kernels.gated_residual import gated_residual_modulate as kernel
+
+    if gate is not None:
+        gate, shift, scale = _alike(gate, shift, scale)
+    return kernel(x, y, gate, shift, scale, token_row, eps, dtype)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `wantrt.models.ops.linear_gelu`; in 16 bits on CUDA, GELU is part of the product.
 
@@ -94,3 +116,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return ops.linear_gelu(x, weight, bias)
     flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return flat.unflatten(0, x.shape[:-1])
+
+
+def _alike(*modulation: Tensor) -> Sequence[Tensor]:
+    """Tensors [B, R, C] with contiguous channels and equal strides, copied if they are not yet.
+
+    A block's own are. The gate of a hint is not: it is one number, expanded.
+    """
+    first = modulation[0].stride()
+    if first[-1] == 1 and all(tensor.stride() == first for tensor in modulation):
+        return modulation
+    return torch.stack(modulation, dim=2).unbind(2)

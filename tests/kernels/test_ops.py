@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.kernels.shared import Random
-from wantrt.config import VAE_2_1, DiTConfig, TextEncoderConfig
+from wantrt.config import VAE_2_1, VAE_2_2, DiTConfig, TextEncoderConfig
 from wantrt.errors import RuntimeUnavailableError
 from wantrt.kernels.ops import attention, kernel_ops, linear_gelu
 from wantrt.models.dit import Block, DiT, rope_tables
@@ -25,7 +25,13 @@ from wantrt.models.vae import VAE
 CONFIG = DiTConfig(
     dim=48, ffn_dim=80, num_heads=3, num_layers=2, text_dim=32, text_len=6, freq_dim=32
 )
-VAE_CONFIG = replace(VAE_2_1, encoder_dim=8, decoder_dim=8)
+IMAGE_CONFIG = replace(CONFIG, image_dim=20)
+VACE_CONFIG = replace(CONFIG, vace_layers=(0,), vace_channels=24)
+VAES = pytest.mark.parametrize(
+    "vae_config",
+    [replace(config, encoder_dim=8, decoder_dim=8) for config in (VAE_2_1, VAE_2_2)],
+    ids=["2.1", "2.2"],
+)
 TEXT_CONFIG = TextEncoderConfig(
     vocab_size=100, dim=32, attention_dim=64, ffn_dim=40, num_heads=4, num_layers=2
 )
@@ -88,22 +94,45 @@ def test_the_transformer(rows, dtype, kernel_device):
     assert_close(model(*arguments), reference(*arguments), dtype)
 
 
-def test_the_encoder_by_chunks(kernel_device):
+def test_a_transformer_that_sees_an_image(kernel_device):
+    model, reference = pair(lambda ops: DiT(IMAGE_CONFIG, torch.float32, ops), kernel_device)
+    random = Random(kernel_device)
+    arguments = random.normal(2, 16, 2, 6, 4), random.normal(2, 1).abs(), random.normal(2, 6, 32)
+    features = random.normal(2, 5, 20)
+    actual = model(*arguments, image_features=features)
+    assert_close(actual, reference(*arguments, image_features=features), torch.float32)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_transformer_with_hints(batch, kernel_device):
+    """The gate of a hint is one number for all channels."""
+    model, reference = pair(lambda ops: DiT(VACE_CONFIG, torch.float32, ops), kernel_device)
+    random = Random(kernel_device)
+    latent, text = random.normal(batch, 16, 2, 6, 4), random.normal(batch, 6, 32)
+    timestep = torch.full((batch, 1), 500.0, device=kernel_device)
+    hints = {"vace_context": random.normal(batch, 24, 2, 6, 4), "vace_scale": 0.7}
+    expected = reference(latent, timestep, text, **hints)
+    assert_close(model(latent, timestep, text, **hints), expected, torch.float32)
+
+
+@VAES
+def test_the_encoder_by_chunks(vae_config, kernel_device):
     """A first chunk and a next one, for the layouts that streaming makes."""
-    model, reference = pair(lambda ops: VAE(VAE_CONFIG, torch.float32, ops), kernel_device)
+    model, reference = pair(lambda ops: VAE(vae_config, torch.float32, ops), kernel_device)
     caches, expected_caches = None, None
-    for chunk in Random(kernel_device).normal(1, 3, 5, 16, 8).split((1, 4), dim=2):
+    for chunk in Random(kernel_device).normal(1, 3, 5, 32, 16).split((1, 4), dim=2):
         actual, caches = model.encode(chunk, caches)
         expected, expected_caches = reference.encode(chunk, expected_caches)
         assert_close(actual, expected, torch.float32)
 
 
 @DTYPE
-def test_the_decoder_by_chunks(dtype, kernel_device):
-    model, reference = pair(lambda ops: VAE(VAE_CONFIG, dtype, ops), kernel_device)
-    latent = Random(kernel_device).normal(2, 16, 3, 1, 2)
+@VAES
+def test_the_decoder_by_chunks(vae_config, dtype, kernel_device):
+    model, reference = pair(lambda ops: VAE(vae_config, dtype, ops), kernel_device)
+    latent = Random(kernel_device).normal(1, vae_config.z_dim, 2, 1, 2)
     caches, expected_caches = None, None
-    for chunk in latent.split((1, 2), dim=2):
+    for chunk in latent.split(1, dim=2):
         actual, caches = model.decode(chunk, caches)
         expected, expected_caches = reference.decode(chunk, expected_caches)
         assert_close(actual, expected, dtype)
