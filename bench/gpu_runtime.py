@@ -104,8 +104,9 @@ def time_steps(
         components = part_components(variant, expert.name, DTYPE)
         sessions = make_sessions(components, device, streamed)
         stages = [Stage(Transformer(expert.dit, sessions), range(total), expert.guidance_scale)]
-        given = [tensor.to(device.torch_device) for tensor in (noise, *texts)]
-        run = Denoiser(device, captures=not streamed).run(stages, grid, "unipc", *given)
+        start, text, negative = (tensor.to(device.torch_device) for tensor in (noise, *texts))
+        denoiser = Denoiser(device, captures=not streamed)
+        run = denoiser.run(stages, grid, "unipc", start, text, negative)
         return time_each(run)
 
 

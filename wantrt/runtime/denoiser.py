@@ -7,7 +7,7 @@ across the switch.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from wantrt.schedulers.grids import Grid
 from wantrt.schedulers.solver import Solver
 from wantrt.schedulers.tables import make_table
 from wantrt.session import Session, TensorSpec
+from wantrt.tasks.conditioning import NO_CONDITIONING, Conditioning
 
 KEPT_LOOPS = 2  # latent shapes and step counts whose buffers and captured steps stay
 
@@ -66,15 +67,18 @@ class Denoiser:
         noise: Tensor,
         embeds: Tensor,
         negative_embeds: Tensor,
+        conditioning: Conditioning = NO_CONDITIONING,
     ) -> Generator[Tensor]:
         """Denoise; yields the latent after every step, the same tensor updated in place.
 
-        noise: [1, C, F, H, W]; embeds, negative_embeds: [1, text_len, text_dim]. The latent stays
-        as it is until the next run.
+        noise: [1, C, F, H, W]; embeds, negative_embeds: [1, text_len, text_dim]; conditioning: of
+        the same F, H, W. The latent stays as it is until the next run.
         """
         loop = self._loop(tuple(noise.shape), grid.num_inference_steps)
         loop.solver.load(make_table(solver, grid.sigmas))
         loop.solver.reset(noise)
+        if conditioning.first_frame is not None:
+            loop.solver.sample[:, :, :1].copy_(conditioning.first_frame)
         for stage in stages:
             if not stage.steps:
                 continue
@@ -82,7 +86,7 @@ class Denoiser:
             if stage.guidance_scale != 1.0:
                 text_embeds = torch.cat((embeds, negative_embeds))
             try:
-                yield from loop.run(stage, grid, text_embeds)
+                yield from loop.run(stage, grid, text_embeds, conditioning)
             finally:
                 if not self.keep:
                     loop.expert_runs.clear()
@@ -115,40 +119,62 @@ class _Loop:
         take = step_for(device.torch_device)
         self.solver = Solver(table, shape, device.torch_device, take)
         self.index = device.empty((1,), torch.int64)
-        self.expert_runs: dict[tuple[Transformer, bool], tuple[_ExpertRun, Callable[[], None]]] = {}
+        self.expert_runs: dict[
+            tuple[Transformer, bool, Hashable], tuple[_ExpertRun, Callable[[], None]]
+        ] = {}
 
-    def run(self, stage: Stage, grid: Grid, text_embeds: Tensor) -> Generator[Tensor]:
+    def run(
+        self, stage: Stage, grid: Grid, text_embeds: Tensor, conditioning: Conditioning
+    ) -> Generator[Tensor]:
         guided = len(text_embeds) == 2
-        key = (stage.transformer, guided)
+        key = (stage.transformer, guided, conditioning.kind)
         if key not in self.expert_runs:
-            made = _ExpertRun(self, stage.transformer, guided)
+            made = _ExpertRun(self, stage.transformer, guided, conditioning)
             step = Repeated(made.what, made.step, self.device) if self.captures else made.step
             self.expert_runs[key] = made, step
         expert_run, take_step = self.expert_runs[key]
-        expert_run.prepare(stage, grid, text_embeds)
+        expert_run.prepare(stage, grid, text_embeds, conditioning)
         for index in stage.steps:
             self.index.fill_(index)
             take_step()
             yield self.solver.sample
 
 
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """The buffers of a pass, or of both in a batch. texts: context and image_context.
+
+    chain: the tokens of VACE's second chain of blocks.
+    """
+
+    hidden: Tensor
+    velocity: Tensor
+    texts: Mapping[str, Tensor]
+    chain: Tensor | None
+
+
 class _ExpertRun:
     """One expert at work in a loop, with guidance or without: its tables, buffers and step.
 
     With guidance there are two passes: in a batch, or one after the other where the latent has many
-    tokens. `contexts`, `hidden` and `velocities` have one entry for each that runs by itself.
+    tokens. What is listed in `passes` has one entry for each that runs by itself. What steers the
+    generation besides text is copied into buffers here, so that a captured step serves any of it.
     """
 
-    def __init__(self, loop: _Loop, transformer: Transformer, guided: bool) -> None:
+    def __init__(
+        self, loop: _Loop, transformer: Transformer, guided: bool, conditioning: Conditioning
+    ) -> None:
         self.solver, self.index, self.sessions = loop.solver, loop.index, transformer.sessions
         config, device = transformer.config, loop.device
         self.config, self.device = config, device
-        _, _, frames, height, width = loop.solver.sample.shape
+        channels, frames, height, width = loop.solver.sample.shape[1:]
         self.cos, self.sin = rope_tables(config, frames, height, width, device.torch_device)
         tokens = len(self.cos)
+        self.frame_tokens = tokens // (frames // config.patch_size[0])
         passes = 2 if guided else 1
         batch = passes if tokens <= GUIDANCE_BATCH_TOKENS else 1
         _, ph, pw = config.patch_size
+        features = conditioning.image_features
         symbols = {
             "B": batch,
             "F": frames,
@@ -156,6 +182,7 @@ class _ExpertRun:
             "w": width // pw,
             "L": tokens,
             "T": loop.num_steps,
+            "N": 0 if features is None else features.shape[1],
         }
 
         def make(spec: TensorSpec) -> Tensor:
@@ -167,53 +194,122 @@ class _ExpertRun:
         self.all_e, self.all_e6 = make(time.outputs["e"]), make(time.outputs["e6"])
         self.e, self.e6 = make(head.inputs["e"]), make(stack.inputs["e6"])  # the step's
         self.latent = make(patch.inputs["latent"])
-        self.contexts = [make(stack.inputs["context"]) for _ in range(passes // batch)]
-        self.hidden = [make(stack.inputs["hidden"]) for _ in self.contexts]
+        self.noisy = self.latent[:, :channels]  # what the condition's channels stand behind
         self.spare = make(stack.inputs["hidden"])
-        self.velocities = [make(head.outputs["velocity"]) for _ in self.contexts]
+        self.passes = [
+            _Pass(
+                hidden=make(stack.inputs["hidden"]),
+                velocity=make(head.outputs["velocity"]),
+                texts={
+                    name: make(stack.inputs[name])
+                    for name in ("context", "image_context")
+                    if name in stack.inputs
+                },
+                chain=make(stack.inputs["hidden"]) if "hint" in stack.inputs else None,
+            )
+            for _ in range(passes // batch)
+        ]
+        self.given = {"e6": self.e6, "cos": self.cos, "sin": self.sin}
+        self.rows: dict[str, Tensor] = {}
+        if "token_row" in stack.inputs:
+            self.rows["token_row"] = make(stack.inputs["token_row"])
+        self.first_frame: Tensor | None = None
+        if conditioning.first_frame is not None:
+            self.first_frame = device.empty(tuple(conditioning.first_frame.shape), torch.float32)
+        self.hints: dict[str, Tensor] = {}
+        if "hint" in stack.inputs:
+            start = self.sessions["dit_vace_start"][0]
+            self.vace_context = make(start.inputs["vace_context"])
+            self.hints = {name: make(stack.inputs[name]) for name in ("hint", "hint_scale")}
         self.guidance_scale = device.empty((1,), torch.float32) if guided else None
         self.what = f"the denoising step of {transformer.name} ({tokens} tokens, {passes} passes)"
 
-    def prepare(self, stage: Stage, grid: Grid, text_embeds: Tensor) -> None:
-        """Fill in what does not change from step to step: modulation, context, guidance scale."""
+    def prepare(
+        self, stage: Stage, grid: Grid, text_embeds: Tensor, conditioning: Conditioning
+    ) -> None:
+        """Fill in what does not change from step to step."""
         rows = slice(stage.steps.start, stage.steps.stop)
-        timesteps = torch.from_numpy(grid.timesteps[rows])
-        sinusoid = timestep_sinusoid(timesteps, self.config.freq_dim).to(self.device.torch_device)
-        self.sessions["dit_time"][0].run(
-            {"sinusoid": sinusoid}, {"e": self.all_e[rows], "e6": self.all_e6[rows]}
-        )
-        context = self.sessions["dit_condition"][0].run({"text_embeds": text_embeds})["context"]
-        for own, rows_of_context in zip(
-            self.contexts, context.split(len(self.contexts[0])), strict=True
-        ):
-            own.copy_(rows_of_context)
+        self._modulate(torch.from_numpy(grid.timesteps[rows]), self.all_e[rows], self.all_e6[rows])
+        if self.rows:
+            row = self.rows["token_row"].fill_(1)
+            if self.first_frame is not None:
+                row[: self.frame_tokens] = 0
+            e, e6 = torch.empty_like(self.all_e[:1]), torch.empty_like(self.all_e6[:1])
+            self._modulate(torch.zeros(1, dtype=torch.float64), e, e6)
+            self.e[:, 0], self.e6[:, 0] = e, e6  # of what is clean: its noise level is 0
+        if self.first_frame is not None and conditioning.first_frame is not None:
+            self.first_frame.copy_(conditioning.first_frame)
+        if conditioning.channels is not None:
+            self.latent[:, self.noisy.shape[1] :].copy_(conditioning.channels)
+        if conditioning.vace_context is not None:
+            self.vace_context.copy_(conditioning.vace_context)
+            self.hints["hint_scale"].fill_(conditioning.vace_scale)
+        features = {}
+        if conditioning.image_features is not None:
+            image = conditioning.image_features.to(self.device.torch_device)
+            features["image_features"] = image.expand(len(text_embeds), -1, -1).contiguous()
+        found = self.sessions["dit_condition"][0].run({"text_embeds": text_embeds, **features})
+        for name, context in found.items():
+            batch = len(self.passes[0].texts[name])
+            for own, rows_of_context in zip(self.passes, context.split(batch), strict=True):
+                own.texts[name].copy_(rows_of_context)
         if self.guidance_scale is not None:
             self.guidance_scale.fill_(stage.guidance_scale)
 
+    def _modulate(self, timesteps: Tensor, e: Tensor, e6: Tensor) -> None:
+        """Modulation of timesteps [T] into e [T, C] and e6 [T, 6, C]."""
+        sinusoid = timestep_sinusoid(timesteps, self.config.freq_dim).to(self.device.torch_device)
+        self.sessions["dit_time"][0].run({"sinusoid": sinusoid}, {"e": e, "e6": e6})
+
     def step(self) -> None:
         """One step of the loop's latent, at the loop's index."""
-        self.latent.copy_(self.solver.sample.expand_as(self.latent))
-        self.e.copy_(self.all_e.index_select(0, self.index).expand_as(self.e))  # [B, R=1, C]
-        self.e6.copy_(self.all_e6.index_select(0, self.index).expand_as(self.e6))  # [B, 1, 6, C]
-        hidden, spare = list(self.hidden), self.spare
-        self.sessions["dit_patch"][0].run({"latent": self.latent}, {"hidden": hidden[0]})
-        for other in hidden[1:]:
-            other.copy_(hidden[0])
-        for stack in self.sessions["dit_stack"]:  # both passes per stack: weights are used twice
-            for i, context in enumerate(self.contexts):
-                inputs = {
-                    "hidden": hidden[i],
-                    "e6": self.e6,
-                    "context": context,
-                    "cos": self.cos,
-                    "sin": self.sin,
-                }
-                stack.run(inputs, {"hidden_out": spare})
+        self.noisy.copy_(self.solver.sample.expand_as(self.noisy))
+        self.e[:, -1].copy_(self.all_e.index_select(0, self.index).expand_as(self.e[:, -1]))
+        self.e6[:, -1].copy_(self.all_e6.index_select(0, self.index).expand_as(self.e6[:, -1]))
+        first, *others = self.passes
+        self.sessions["dit_patch"][0].run({"latent": self.latent}, {"hidden": first.hidden})
+        for other in others:
+            other.hidden.copy_(first.hidden)
+        for own, hidden in zip(self.passes, self._run_stacks(), strict=True):
+            head = {"hidden": hidden, "e": self.e, "latent": self.latent, **self.rows}
+            self.sessions["dit_head"][0].run(head, {"velocity": own.velocity})
+        velocities = [row for own in self.passes for row in own.velocity.split(1)]
+        unconditional = velocities[1] if len(velocities) > 1 else None
+        self.solver.step(velocities[0], self.index, unconditional, self.guidance_scale)
+        if self.first_frame is not None:
+            self.solver.sample[:, :, :1].copy_(self.first_frame)
+
+    def _run_stacks(self) -> list[Tensor]:
+        """Every stack for every pass: its weights are used for both while they are at hand.
+
+        Buffers change places on the way. Returns those that hold the results.
+        """
+        hidden, spare = [own.hidden for own in self.passes], self.spare
+        chains = [own.chain for own in self.passes if own.chain is not None]
+        for chain, start in zip(chains, hidden, strict=False):
+            inputs = {"vace_context": self.vace_context, "hidden": start}
+            self.sessions["dit_vace_start"][0].run(inputs, {"vace_hidden": chain})
+        stacks = self.sessions["dit_stack"]
+        hints = self._hints_of_stacks() if self.hints else {}
+        for index, stack in enumerate(stacks):
+            for i, own in enumerate(self.passes):
+                given = {**self.given, "context": own.texts["context"]}
+                if index in hints:
+                    self.sessions["dit_vace_block"][hints[index]].run(
+                        {"vace_hidden": chains[i], **given},
+                        {"vace_hidden_out": spare, "hint": self.hints["hint"]},
+                    )
+                    chains[i], spare = spare, chains[i]
+                elif self.hints:
+                    self.hints["hint"].zero_()
+                stack.run(
+                    {"hidden": hidden[i], **given, **own.texts, **self.rows, **self.hints},
+                    {"hidden_out": spare},
+                )
                 hidden[i], spare = spare, hidden[i]
-        for rows, velocity in zip(hidden, self.velocities, strict=True):
-            self.sessions["dit_head"][0].run(
-                {"hidden": rows, "e": self.e, "latent": self.latent}, {"velocity": velocity}
-            )
-        passes = [row for velocity in self.velocities for row in velocity.split(1)]
-        unconditional = passes[1] if len(passes) > 1 else None
-        self.solver.step(passes[0], self.index, unconditional, self.guidance_scale)
+        return hidden
+
+    def _hints_of_stacks(self) -> dict[int, int]:
+        """Stack -> the VACE block whose hint enters behind its first block."""
+        size = self.config.num_layers // len(self.sessions["dit_stack"])
+        return {layer // size: number for number, layer in enumerate(self.config.vace_layers)}
