@@ -78,8 +78,9 @@ def rotate_pairs(x, cos, sin, BLOCK: tl.constexpr):
 def load_angles(table_ptr, token, CHANNELS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """The cosines (or sines) of a token for each pair of all its heads: [BLOCK/2].
 
-    table: [L, HALF], one row for every head.
+    table: [L, HALF], one row for every head. Long videos have tables of the size of a cache, so
+    nothing asks to keep them there.
     """
     pair = tl.arange(0, BLOCK // 2)
     at = table_ptr + token.to(tl.int64) * HALF + pair % HALF
-    return tl.load(at, mask=pair < CHANNELS // 2, other=0.0, eviction_policy="evict_last")
+    return tl.load(at, mask=pair < CHANNELS // 2, other=0.0)

@@ -7,15 +7,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from wantrt.errors import ExecutionError
+from wantrt.kernels.gated_residual import (
+    gated_residual,
+    gated_residual_modulate,
+    gated_residual_norm,
+)
+from wantrt.kernels.guide_and_step import guide_and_step
+from wantrt.kernels.modulate import modulate
+from wantrt.kernels.qk_norm_rope import qk_norm_rope
+from wantrt.kernels.rms_norm import rms_norm
+from wantrt.kernels.rms_silu import rms_silu
+from wantrt.kernels.rope import rope
 
 HERE = Path(__file__).parent
 GROUPS = (
     ("modulate", "rms_norm", "rope"),
     ("gated_residual",),
     ("qk_norm_rope", "guide_and_step", "rms_silu"),
-    ("addresses",),
+    ("addresses", "random_shapes"),
 )
 SLOW_GROUPS = (("ops",), ("launches",))
 
@@ -38,6 +52,26 @@ def test_interpreted(group):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "passed" in result.stdout
     assert "skipped" not in result.stdout
+
+
+def test_a_cpu_is_refused():
+    """Asked here, where nothing interprets the kernels."""
+    x, rows = torch.zeros(1, 2, 12), torch.zeros(1, 1, 12)
+    table, weight, index = torch.ones(2, 2), torch.ones(12), torch.zeros(1, dtype=torch.int64)
+    calls = {
+        modulate: (x, rows, rows, None, 1e-6, x.dtype),
+        gated_residual: (x, x, rows, None),
+        gated_residual_modulate: (x, x, None, rows, rows, None, 1e-6, x.dtype),
+        gated_residual_norm: (x, x, rows, weight, weight, None, 1e-6, x.dtype),
+        qk_norm_rope: (x, weight[:4], weight[:4], table, table, 1, 1e-6, True),
+        rope: (x.view(1, 3, 2, 4), table, table),
+        rms_norm: (x, weight, 1e-6),
+        rms_silu: (x.view(1, 12, 2, 1, 1), weight),
+        guide_and_step: (x, x, x, x, None, None, torch.zeros(1, 4), index),
+    }
+    for op, arguments in calls.items():
+        with pytest.raises(ExecutionError, match="on cpu, a kernel runs on CUDA"):
+            op(*arguments)
 
 
 def test_no_test_of_a_kernel_is_left_out():
