@@ -15,7 +15,7 @@ from wantrt.schedulers.solver import guided_step
 WIDTHS = {"1.3B": (1536, 12), "5B": (3072, 24), "14B": (5120, 40)}  # channels, heads
 VAE_CHANNELS = {"1.3B": 96, "5B": 256, "14B": 384}
 ATTRIBUTES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # as an ONNX data type
-BATCH, TOKENS, ROWS = 2, 40, 3
+BATCH, TOKENS, ROWS = 2, 11, 3
 PROGRAMS = {  # that a node needs at these sizes
     "QkNormRope": 2 * BATCH * TOKENS,
     "GuideAndStep": 4,
