@@ -29,7 +29,7 @@ from wantrt.engines.fusion import required_fusions
 from wantrt.engines.network import fill_sizes, read_graph
 
 STATIC = {"B": (2, 2, 2), "L": (24, 24, 24)}
-REDUCED = tuple(name for name in NAMES if "two rows" not in name)
+REDUCED = tuple(name for name in NAMES if " " not in name)
 
 
 @pytest.fixture(scope="module")

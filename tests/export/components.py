@@ -1,16 +1,19 @@
 """Every component at nano's dimensions, with weights and inputs to run it on."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from wantrt.checkpoints.generate import GeneratedTensors
-from wantrt.config import DIT_NANO, TEXT_ENCODER_NANO, VAE_NANO
+from wantrt.config import DIT_NANO, TEXT_ENCODER_NANO, VAE_2_2, VAE_NANO
 from wantrt.models.components import Component, dit_components, text_components, vae_components
 from wantrt.models.ops import TORCH_OPS, Ops
 
 TWO_ROWS = " with two rows"  # the stack and the head of a model whose tokens differ in noise level
+OF_2_2 = " of 2.2"  # the VAE with shortcuts along its stages
+VAE_SMALL_2_2 = replace(VAE_2_2, encoder_dim=8, decoder_dim=8, num_res_blocks=1)
 NAMES = (
     "text_embed",
     "text_stack",
@@ -26,12 +29,18 @@ NAMES = (
     "vae_decoder_next",
     "vae_encoder_first",
     "vae_encoder_next",
+    "vae_decoder_first" + OF_2_2,
+    "vae_decoder_next" + OF_2_2,
+    "vae_encoder_first" + OF_2_2,
+    "vae_encoder_next" + OF_2_2,
 )
 
 
 def make_components(dtype: torch.dtype, ops: Ops = TORCH_OPS) -> dict[str, Component]:
     """By name: what has layers runs one at a time, so that a stack has several instances."""
     two_rows = dit_components(DIT_NANO, dtype, stack=1, rows=2, ops=ops)
+    variants = {c.name + TWO_ROWS: c for c in two_rows if c.name in ("dit_stack", "dit_head")}
+    variants |= {c.name + OF_2_2: c for c in vae_components(VAE_SMALL_2_2, dtype, ops=ops)}
     return {
         component.name: component
         for component in (
@@ -39,7 +48,7 @@ def make_components(dtype: torch.dtype, ops: Ops = TORCH_OPS) -> dict[str, Compo
             *dit_components(DIT_NANO, dtype, stack=1, ops=ops),
             *vae_components(VAE_NANO, dtype, ops=ops),
         )
-    } | {c.name + TWO_ROWS: c for c in two_rows if c.name in ("dit_stack", "dit_head")}
+    } | variants
 
 
 def make_weights(component: Component) -> dict[str, Tensor]:
