@@ -46,6 +46,7 @@ def load_image(source: "str | os.PathLike[str] | Image.Image | Pixels") -> Pixel
         raise MediaError(f"cannot read the image {path}: {reason}")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow thinks of damaged metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 return _read(image, str(path))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,apng,mpegts,mpeg,flv,ogg,asf,mxf"  # FFmpeg's names
+CLOCK = Fraction(1, 1000)  # seconds; Matroska rounds the time of a frame to it
 MAX_FRAMES = 2**17  # in a file or folder: more than an hour at 30 frames a second
 MAX_BYTES = 2**32  # of the frames that are read at once
 
@@ -36,7 +37,7 @@ MAX_BYTES = 2**32  # of the frames that are read at once
 class Footage:
     """Frames that can be read. `size`: (width, height) as shown; `times`: of frames, in seconds.
 
-    Without a frame rate of its own (a folder, an array) `fps` is None and `times` counts frames.
+    `fps` is the average frame rate; it is None, and `times` counts frames, for a folder or array.
     """
 
     name: str
@@ -56,7 +57,8 @@ class Footage:
         starts = [time - self.times[0] for time in self.times]
         duration = starts[-1] + starts[-1] / (len(starts) - 1)
         count = int(duration * rate)
-        return [bisect_right(starts, Fraction(i) / rate) - 1 for i in range(max(count, 1))]
+        moments = (i / rate + CLOCK for i in range(max(count, 1)))
+        return [bisect_right(starts, moment) - 1 for moment in moments]
 
     def read(self, indices: Sequence[int] | None = None) -> Frames:
         """Frames uint8 [T, H, W, 3]; `indices` are ascending, all frames if left out.
@@ -188,16 +190,14 @@ def natural_order(name: str) -> list[str | int]:
 def _from_file(path: Path) -> Footage:
     """Times come from the packets, without decoding; size and rotation from the first frame."""
     with _opened(path) as (container, stream):
-        fps = float(stream.average_rate or stream.guessed_rate or 0) or None
         times = _frame_times(path, container, stream)
     if not times:
         raise MediaError(f"cannot read the video {path}: it has no frames")
     first = next(_decode_file(path, [0]))
-    footage_fps = fps if len(times) > 1 else None
+    span = times[-1] - times[0]
+    fps = float((len(times) - 1) / span) if span else None
     size = (first.shape[1], first.shape[0])
-    return Footage(
-        str(path), size, tuple(times), footage_fps, lambda wanted: _decode_file(path, wanted)
-    )
+    return Footage(str(path), size, tuple(times), fps, lambda wanted: _decode_file(path, wanted))
 
 
 def _frame_times(path: Path, container: "InputContainer", stream: "VideoStream") -> list[Fraction]:

@@ -21,6 +21,7 @@ from wantrt.images import Pixels
 from wantrt.names import check_name
 
 FITS = ("crop", "pad", "area", "stretch")
+TEMPORAL_STRIDE = 4  # pixel frames in a latent frame, of either VAE
 BLACK, GREY, WHITE = -1.0, 0.0, 1.0  # in the range of pixels that the VAE sees
 
 Resize = Callable[[Pixels, Size], Tensor]
@@ -38,6 +39,19 @@ def choose_fit(fit: str | None, size_given: bool, convention: str) -> str:
     if convention == "diffusers":
         return "stretch"
     return "crop" if size_given else "area"
+
+
+def check_frames(num_frames: int, fewest: int = 1) -> None:
+    """Raise SettingsError, with the nearest that will do, unless it is 4n + 1 and not too few."""
+    stride = TEMPORAL_STRIDE
+    if num_frames >= fewest and (num_frames - 1) % stride == 0:
+        return
+    below = (num_frames - 1) // stride * stride + 1
+    options = [str(count) for count in (below, below + stride) if count >= fewest] or [str(fewest)]
+    raise SettingsError(
+        f"{num_frames} frames is not {stride}n + 1 and at least {fewest}; "
+        f"nearest: {' or '.join(options)}"
+    )
 
 
 def size_of(image: Pixels) -> Size:
@@ -115,7 +129,7 @@ def resize_lanczos(image: Pixels, size: Size) -> Tensor:
 
     image: uint8 [H, W, 3] or [H, W] -> fp32 [3 or 1, height, width] in [-1, 1].
     """
-    return to_tensor(np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)))
+    return to_tensor(np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)))
 
 
 def to_tensor(image: Pixels) -> Tensor:

@@ -9,7 +9,7 @@ from wantrt.config import Size
 from wantrt.images import Pixels
 from wantrt.tasks import i2v
 from wantrt.tasks.conditioning import Conditioning, Encode
-from wantrt.tasks.fitting import fit_image, size_of
+from wantrt.tasks.fitting import check_frames, fit_image, size_of
 
 video_size = i2v.video_size  # it follows the first image
 
@@ -28,7 +28,7 @@ def condition(
     image, last_image: uint8 [H, W, 3]. Gives `channels` [1, 20, F, H, W]. Raises SettingsError for
     a number of frames that is not 4n + 1 from 5.
     """
-    i2v.check_frames(num_frames, fewest=i2v.STRIDE + 1)
+    check_frames(num_frames, fewest=5)
     resize = i2v.resize_of(convention)
     first = fit_image(image, size, fit, resize)
     alike = size_of(image) == size_of(last_image)

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from wantrt.config import Size
-from wantrt.errors import SettingsError
 from wantrt.images import Pixels
 from wantrt.tasks.conditioning import Conditioning, Encode
 from wantrt.tasks.fitting import (
     GREY,
+    TEMPORAL_STRIDE,
     Resize,
+    check_frames,
     fit_image,
     resize_bicubic,
     resize_lanczos,
     size_by_area,
 )
-
-STRIDE = 4  # pixel frames in a latent frame, and channels of the mask
 
 
 def video_size(image_size: Size, size: Size, fit: str, convention: str) -> Size:
@@ -55,14 +54,6 @@ def resize_of(convention: str) -> Resize:
     return resize_lanczos if convention == "diffusers" else resize_bicubic
 
 
-def check_frames(num_frames: int, fewest: int = 1) -> None:
-    if num_frames < fewest or (num_frames - 1) % STRIDE:
-        raise SettingsError(
-            f"{num_frames} frames is not {STRIDE}n + 1 from {fewest}; "
-            f"nearest: {max(num_frames - 1, fewest) // STRIDE * STRIDE + 1}"
-        )
-
-
 def encode_known(known: dict[int, Tensor], num_frames: int, encode: Encode) -> Conditioning:
     """The channels behind the noise for a video of which some frames are known.
 
@@ -85,6 +76,6 @@ def frame_mask(known: Sequence[int], num_frames: int, height: int, width: int) -
     """
     frames = torch.zeros(num_frames)
     frames[list(known)] = 1
-    frames = torch.cat((frames[:1].expand(STRIDE), frames[1:]))
-    mask = frames.view(-1, STRIDE).T  # [4, F]
+    frames = torch.cat((frames[:1].expand(TEMPORAL_STRIDE), frames[1:]))
+    mask = frames.view(-1, TEMPORAL_STRIDE).T  # [4, F]
     return mask[None, :, :, None, None].expand(-1, -1, -1, height, width)

@@ -26,8 +26,10 @@ from wantrt.tasks.conditioning import Conditioning, Encode
 from wantrt.tasks.fitting import (
     FITS,
     GREY,
+    TEMPORAL_STRIDE,
     WHITE,
     centre_crop,
+    check_frames,
     cover_size,
     inner_size,
     letterbox,
@@ -41,7 +43,6 @@ log = logging.getLogger("wantrt")
 
 Mask = NDArray[np.uint8]  # [T, H, W]; 255: made anew, 0: kept
 
-STRIDE = 4  # pixel frames in a latent frame
 CELL = 8  # pixels of a latent cell, each way
 STEP = 16  # pixels of a token, each way
 CHANNELS = 96
@@ -77,17 +78,17 @@ def _official_size(source_size: Size, length: int, area: int, num_frames: int) -
     """Small sources stay small and may be longer: the number of tokens is what is limited."""
     width, height = source_size
     tokens = area // STEP**2  # of a latent frame
-    most_tokens = tokens * ((num_frames - 1) // STRIDE + 1)
+    most_tokens = tokens * ((num_frames - 1) // TEMPORAL_STRIDE + 1)
     tokens = min(tokens, (height // STEP) * (width // STEP))
     if not tokens:
         raise SettingsError(_too_narrow(source_size))
-    latent_frames = min((length - 1) // STRIDE + 1, most_tokens // tokens)
+    latent_frames = min((length - 1) // TEMPORAL_STRIDE + 1, most_tokens // tokens)
     tokens = min(tokens, most_tokens // latent_frames)
     high = round(math.sqrt(tokens * (height / width)))
     wide = int(tokens / high) if high else 0
     if not wide:
         raise SettingsError(_too_narrow(source_size))
-    return (wide * STEP, high * STEP), (latent_frames - 1) * STRIDE + 1
+    return (wide * STEP, high * STEP), (latent_frames - 1) * TEMPORAL_STRIDE + 1
 
 
 def _diffusers_size(source_size: Size, size: Size) -> Size:
@@ -102,7 +103,7 @@ def _diffusers_size(source_size: Size, size: Size) -> Size:
 
 
 def _whole(length: int) -> int:
-    return (length - 1) // STRIDE * STRIDE + 1
+    return (length - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
 
 
 def _too_narrow(source_size: Size) -> str:
@@ -182,10 +183,7 @@ def condition(
 
 def check_inputs(video: Frames | None, mask: Mask | None, num_frames: int, size: Size) -> None:
     """Raise SettingsError unless video, mask, length and size go together."""
-    if num_frames < 1 or num_frames % STRIDE != 1:
-        raise SettingsError(
-            f"{num_frames} frames is not {STRIDE}n + 1; nearest: {_whole(max(num_frames, 1))}"
-        )
+    check_frames(num_frames)
     if any(side < STEP or side % STEP for side in size):
         raise SettingsError(f"size {size[0]}x{size[1]} is not a multiple of {STEP}")
     if video is None:
@@ -276,7 +274,7 @@ def mask_channels(masks: Tensor) -> Tensor:
     """
     frames, height, width = masks.shape[2:]
     cells = F.pixel_unshuffle(masks[0, 0][:, None], CELL)  # [T, 64, H, W]
-    shape = ((frames + STRIDE - 1) // STRIDE, height // CELL, width // CELL)
+    shape = ((frames + TEMPORAL_STRIDE - 1) // TEMPORAL_STRIDE, height // CELL, width // CELL)
     return F.interpolate(cells.transpose(0, 1)[None], shape, mode="nearest-exact")
 
 
