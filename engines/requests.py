@@ -72,10 +72,13 @@ def plan_shapes(
         text_len = variant.experts[0].dit.text_len
         typical = min(TYPICAL_PROMPT, text_len)
         return [Shapes("", {"B": (1, 1, 1), "S": (1, typical, text_len)})]
+    if component_name == "image_encoder":
+        return [Shapes("", {"B": (variant.num_images,) * 3})]
     if component_name == "dit_time":
         return [Shapes("", {"T": (1, variant.num_inference_steps, LONGEST_SCHEDULE)})]
     if component_name == "dit_condition":
-        return [Shapes("", {"B": (1, 2, 2)})]
+        rows = {symbol: (size,) * 3 for symbol, size in _image_rows(variant).items()}
+        return [Shapes("", {"B": (1, 2, 2), **rows})]
     if component_name.startswith("vae_"):
         groups = [[_vae_point(variant, size) for size in sizes]]
     else:
@@ -146,10 +149,17 @@ def _dit_point(
     variant: Variant, component_name: str, size: Size, num_frames: int, batch: int
 ) -> Point:
     label = f"{size[0]}x{size[1]}x{num_frames} batch {batch}"
-    if component_name == "dit_stack":
-        return label, {"B": batch, "L": num_tokens(variant, size, num_frames)}
+    if component_name in ("dit_stack", "dit_vace_block"):
+        tokens = num_tokens(variant, size, num_frames)
+        return label, {"B": batch, "L": tokens, **_image_rows(variant)}
     frames, height, width = _patches(variant, size, num_frames)
     return label, {"B": batch, "F": frames, "h": height, "w": width}
+
+
+def _image_rows(variant: Variant) -> dict[str, int]:
+    """The symbol of what attends to image features, unless their number is fixed in the model."""
+    fixed = variant.experts[0].dit.image_positions is not None
+    return {"N": variant.image_rows} if variant.image_rows and not fixed else {}
 
 
 def _patches(variant: Variant, size: Size, num_frames: int) -> tuple[int, int, int]:

@@ -318,7 +318,7 @@ def default_bundle(progress: Progress = silent) -> Bundle:
 def choose_precision(
     runtime: str, precision: str | None, targets: Sequence[str] | None = None
 ) -> str:
-    """The precision to build in; a text encoder in fp16 stays fp32, because it overflows.
+    """The precision to build in; `_part_precision` says which parts have another.
 
     Raises SettingsError and UnsupportedTaskError for what `runtime` does not run.
     """
@@ -364,7 +364,10 @@ def _choose_runtime(requested: str, precision: str | None, plan_options: Sequenc
 
 
 def _part_precision(part: str, chosen: str) -> str:
-    return "fp32" if (part, chosen) == ("text_encoder", "fp16") else chosen
+    """The text encoder overflows in fp16. The image encoder is fp16 officially, its norms fp32."""
+    return {("text_encoder", "fp16"): "fp32", ("image_encoder", "bf16"): "fp16"}.get(
+        (part, chosen), chosen
+    )
 
 
 # -- Pieces ---------------------------------------------------------------------------------------
@@ -522,7 +525,8 @@ def _parts_by_graphs(variant: Variant) -> list[tuple[str, ...]]:
     experts: dict[DiTConfig, tuple[str, ...]] = {}
     for expert in variant.experts:
         experts[expert.dit] = (*experts.get(expert.dit, ()), expert.name)
-    return [("text_encoder",), *experts.values(), ("vae",)]
+    encoders = [(part,) for part in ("text_encoder", "image_encoder") if part in variant.parts]
+    return [*encoders, *experts.values(), ("vae",)]
 
 
 def _record(

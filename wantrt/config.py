@@ -98,6 +98,10 @@ class ImageEncoderConfig:
     eps: float = 1e-5
 
     @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
     def num_tokens(self) -> int:
         """Patches, and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
@@ -157,16 +161,27 @@ class Variant:
         return self.vae.spatial_stride * self.experts[0].dit.patch_size[1]
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of what has weights of its own, in the order in which they run."""
+        encoders = ("text_encoder", *(("image_encoder",) if self.image_encoder else ()))
+        return (*encoders, *(expert.name for expert in self.experts), "vae")
+
+    @property
     def modulation_rows(self) -> int:
         """Noise levels among the tokens of a video: TI2V's first frame may be clean."""
         return 2 if self.task == "ti2v" else 1
+
+    @property
+    def num_images(self) -> int:
+        """Images that the image encoder sees, if there is one."""
+        return 2 if self.task == "flf2v" else 1
 
     @property
     def image_rows(self) -> int | None:
         """Rows of image features that a transformer attends to."""
         if self.image_encoder is None:
             return None
-        return self.image_encoder.num_tokens * (2 if self.task == "flf2v" else 1)
+        return self.image_encoder.num_tokens * self.num_images
 
     def flow_shift_for(self, size: Size) -> float:
         return dict(self.flow_shift_by_size).get(size, self.flow_shift)

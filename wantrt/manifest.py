@@ -123,12 +123,12 @@ def _check_meaning(manifest: Manifest) -> None:
         raise ValueError("the variant has no expert or no size")
     if (len(variant.experts) > 1) != (variant.boundary_ratio is not None):
         raise ValueError("two experts and a boundary_ratio go together")
-    parts = {"text_encoder", *(expert.name for expert in variant.experts), "vae"}
-    if set(manifest.parts) != parts:
-        raise ValueError(f"parts are {sorted(manifest.parts)}, expected {sorted(parts)}")
+    if set(manifest.parts) != set(variant.parts):
+        raise ValueError(f"parts are {sorted(manifest.parts)}, expected {sorted(variant.parts)}")
     if unknown := {part.precision for part in manifest.parts.values()} - set(PRECISIONS):
         raise ValueError(f"unknown precision {', '.join(sorted(unknown))}")
-    for config in (*(expert.dit for expert in variant.experts), variant.vae, variant.text_encoder):
+    encoders = filter(None, (variant.text_encoder, variant.image_encoder))
+    for config in (*(expert.dit for expert in variant.experts), variant.vae, *encoders):
         for name, value in vars(config).items():
             if type(value) is int and not 0 < value <= LARGEST.get(name, LARGEST_DIM):
                 raise ValueError(f"{name} is {value}")
@@ -137,6 +137,8 @@ def _check_meaning(manifest: Manifest) -> None:
             raise ValueError(f"{dit.dim} channels do not make {dit.num_heads} heads")
     if variant.text_encoder.attention_dim % variant.text_encoder.num_heads:
         raise ValueError("the text encoder's attention does not divide into heads")
+    if (image := variant.image_encoder) and image.dim % image.num_heads:
+        raise ValueError("the image encoder's channels do not divide into heads")
     if not len(variant.vae.latents_mean) == len(variant.vae.latents_std) == variant.vae.z_dim:
         raise ValueError("the VAE's statistics are not one a channel")
     scheduler = manifest.settings.get("scheduler_config", {})

@@ -36,7 +36,7 @@ from wantrt.runtime.sizes import served_sizes
 from wantrt.runtime.torch_session import TorchSession, load_sessions
 from wantrt.session import Range, Session, Tensors
 
-SYMBOLS = {"B": 2, "S": 11, "T": 3, "F": 2, "h": 3, "w": 5, "L": 30}  # small, odd; L = F·h·w
+SYMBOLS = {"B": 2, "S": 11, "N": 7, "T": 3, "F": 2, "h": 3, "w": 5, "L": 30}  # odd; L = F·h·w
 PROMPT = "a red circle moves right"
 TRAJECTORY_CELLS = 8  # patches along each side of the trajectory's frames
 TRAJECTORY_FRAMES = 5

@@ -1,8 +1,9 @@
 """A checkpoint: its variant, and its weights as prepared tensors, part by part.
 
-Parts are the text encoder, one DiT an expert, and the VAE. The parameters of a part's module, built
-on the meta device, are the list of its prepared tensors: names, shapes and dtypes. Everything
-streams: one tensor is in memory at a time, and a file's bytes stay in the page cache.
+Parts are the text encoder, the image encoder where a variant has one, one DiT an expert, and the
+VAE. The parameters of a part's module, built on the meta device, are the list of its prepared
+tensors: names, shapes and dtypes. Everything streams: one tensor is in memory at a time, and a
+file's bytes stay in the page cache.
 """
 
 import hashlib
@@ -22,18 +23,27 @@ from wantrt.checkpoints.names import (
     NameMap,
     Piece,
     dit_names,
+    image_names,
     text_names,
     vae_names,
 )
 from wantrt.checkpoints.tensors import StoredTensors
 from wantrt.checkpoints.writer import Plan, Progress, write_shards
-from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig, Variant
+from wantrt.config import (
+    DiTConfig,
+    Expert,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    VAEConfig,
+    Variant,
+)
 from wantrt.errors import CheckpointError, SettingsError
+from wantrt.models.clip import ImageEncoder
 from wantrt.models.dit import DiT
 from wantrt.models.umt5 import TextEncoder
 from wantrt.models.vae import VAE
 
-PartConfig = DiTConfig | VAEConfig | TextEncoderConfig
+PartConfig = DiTConfig | VAEConfig | TextEncoderConfig | ImageEncoderConfig
 
 SHARD_BYTES = 4 << 30
 SAMPLE = 256  # values of a tensor's start, middle and end that go into the fingerprint
@@ -75,8 +85,14 @@ class Part:
         ]
 
     def stored(self, name: str) -> list[Tensor]:
-        """The pieces of a prepared tensor, each flat, in the dtype of the file."""
-        return [self.tensors.read(piece.name).reshape(-1) for piece in self.pieces(name)]
+        """The pieces of a prepared tensor, each flat, in the dtype of the file.
+
+        They are as many in every layout: what one stores whole and another in three comes in three.
+        """
+        flat = [self.tensors.read(piece.name).reshape(-1) for piece in self.pieces(name)]
+        if self.layout == "prepared" or len(flat) > 1:
+            return flat
+        return list(flat[0].chunk(self.names.finest(name)))
 
     def problems(self) -> list[str]:
         """What is missing, misshapen, unexpected or no weight at all; from headers alone."""
@@ -91,7 +107,8 @@ class Part:
                     wrong.append(f"{piece.name} is {stored.shape}, expected {piece.shape}")
                 elif not stored.dtype.is_floating_point:
                     wrong.append(f"{piece.name} is {stored.dtype}, expected floating point")
-        unexpected = [n for n in found if not any(p.fullmatch(n) for p in IGNORED_NAMES)]
+        ignored = (*IGNORED_NAMES, *self.names.ignored)
+        unexpected = [n for n in found if not any(p.fullmatch(n) for p in ignored)]
         kinds = {"missing": missing, "misshapen": wrong, "unexpected": unexpected}
         return [f"{self.name}: {_listed(kind, names)}" for kind, names in kinds.items() if names]
 
@@ -104,21 +121,34 @@ def _listed(kind: str, names: list[str]) -> str:
 def meta_module(config: PartConfig, dtype: torch.dtype) -> nn.Module:
     """The reference module of a part, without memory."""
     with torch.device("meta"):
-        if isinstance(config, DiTConfig):
-            return DiT(config, dtype)
-        return VAE(config, dtype) if isinstance(config, VAEConfig) else TextEncoder(config, dtype)
+        match config:
+            case DiTConfig():
+                return DiT(config, dtype)
+            case VAEConfig():
+                return VAE(config, dtype)
+            case TextEncoderConfig():
+                return TextEncoder(config, dtype)
+            case ImageEncoderConfig():
+                return ImageEncoder(config, dtype)
 
 
 def name_map(config: PartConfig) -> NameMap:
-    if isinstance(config, DiTConfig):
-        return dit_names(config)
-    return vae_names(config) if isinstance(config, VAEConfig) else text_names(config)
+    match config:
+        case DiTConfig():
+            return dit_names(config)
+        case VAEConfig():
+            return vae_names(config)
+        case TextEncoderConfig():
+            return text_names(config)
+        case ImageEncoderConfig():
+            return image_names(config)
 
 
 def part_configs(variant: Variant) -> dict[str, PartConfig]:
     """The parts of a variant by name, in the order in which they run."""
     dits = {expert.name: expert.dit for expert in variant.experts}
-    return {"text_encoder": variant.text_encoder, **dits, "vae": variant.vae}
+    images = {"image_encoder": variant.image_encoder} if variant.image_encoder else {}
+    return {"text_encoder": variant.text_encoder, **images, **dits, "vae": variant.vae}
 
 
 @dataclass(frozen=True)
@@ -156,6 +186,8 @@ class Checkpoint:
                     f"{expert.name} takes text features of {expert.dit.text_dim} channels, "
                     f"the text encoder gives {self.variant.text_encoder.dim}"
                 )
+            if self.variant.image_encoder is not None:
+                yield from self._image_misfits(expert, self.variant.image_encoder)
             if expert.dit.out_channels != self.variant.vae.z_dim:
                 yield (
                     f"{expert.name} makes latents of {expert.dit.out_channels} channels, "
@@ -166,6 +198,18 @@ class Checkpoint:
                     f"{expert.name} takes {expert.dit.in_channels} channels and makes "
                     f"{expert.dit.out_channels}: not text to video"
                 )
+
+    def _image_misfits(self, expert: Expert, encoder: ImageEncoderConfig) -> Iterator[str]:
+        if expert.dit.image_dim != encoder.dim:
+            yield (
+                f"{expert.name} takes image features of {expert.dit.image_dim} channels, "
+                f"the image encoder gives {encoder.dim}"
+            )
+        if expert.dit.image_positions not in (None, self.variant.image_rows):
+            yield (
+                f"{expert.name} has positions for {expert.dit.image_positions} rows of image "
+                f"features, the image encoder gives {self.variant.image_rows}"
+            )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -12,8 +12,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from wantrt.checkpoints.names import IMAGE_PREFIX
 from wantrt.checkpoints.tensors import Stored
-from wantrt.config import VAE_2_1, VARIANTS, DiTConfig, TextEncoderConfig, VAEConfig
+from wantrt.config import (
+    VAE_2_1,
+    VARIANTS,
+    DiTConfig,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
 from wantrt.errors import CheckpointError
 
 Specs = Mapping[str, Stored]
@@ -348,8 +356,75 @@ def checked_text_encoder(text_encoder: TextEncoderConfig, where: str) -> TextEnc
     return text_encoder
 
 
+# -- Image encoder --------------------------------------------------------------------------------
+
+IMAGE_HEAD_DIM = 80  # of ViT-H/14: the one dimension that no shape shows
+
+
+def official_image_encoder(specs: Specs, where: str) -> ImageEncoderConfig:
+    """From shapes. The last block does not run; a file without the norm behind it is without it."""
+    dim, _, patch_size, _ = shape_of(specs, f"{IMAGE_PREFIX}patch_embedding.weight", 4, where)
+    num_tokens = shape_of(specs, f"{IMAGE_PREFIX}pos_embedding", 3, where)[1]
+    num_blocks = _count(specs, rf"{re.escape(IMAGE_PREFIX)}transformer\.(\d+)\.", where)
+    unused = 1 if f"{IMAGE_PREFIX}post_norm.weight" in specs else 0
+    image_encoder = ImageEncoderConfig(
+        image_size=math.isqrt(num_tokens - 1) * patch_size,
+        patch_size=patch_size,
+        dim=dim,
+        num_heads=max(dim // IMAGE_HEAD_DIM, 1),
+        ffn_dim=shape_of(specs, f"{IMAGE_PREFIX}transformer.0.mlp.0.weight", 2, where)[0],
+        num_layers=num_blocks - unused,
+    )
+    return checked_image_encoder(image_encoder, where)
+
+
+def diffusers_image_encoder(config: Fields) -> ImageEncoderConfig:
+    """From the ``config.json`` of Hugging Face's CLIP; what it leaves out has its defaults."""
+    config.demand("model_type", "clip_vision_model")
+    config.demand("num_channels", 3)
+    if "hidden_act" not in config:
+        raise CheckpointError(
+            f"{config.path} has no 'hidden_act', which means 'quick_gelu'. Expected 'gelu' there."
+        )
+    config.demand("hidden_act", "gelu")
+    image_encoder = ImageEncoderConfig(
+        image_size=config.integer("image_size", 224),
+        patch_size=config.integer("patch_size", 32),
+        dim=config.integer("hidden_size", 768),
+        num_heads=config.integer("num_attention_heads", 12),
+        ffn_dim=config.integer("intermediate_size", 3072),
+        num_layers=config.integer("num_hidden_layers", 12, at_most=MAX_LAYERS) - 1,
+        eps=config.number("layer_norm_eps", 1e-5),
+    )
+    return checked_image_encoder(image_encoder, str(config.path))
+
+
+def checked_image_encoder(image_encoder: ImageEncoderConfig, where: str) -> ImageEncoderConfig:
+    """`image_encoder` if a block runs, heads are whole and patches cover the image."""
+    if image_encoder.num_layers < 1:
+        raise CheckpointError(
+            f"{where}: the image encoder has one block, the last, which does not run. Expected two."
+        )
+    if image_encoder.dim % image_encoder.num_heads:
+        raise CheckpointError(
+            f"{where}: {image_encoder.dim} channels of the image encoder do not make "
+            f"{image_encoder.num_heads} heads."
+        )
+    if image_encoder.image_size < image_encoder.patch_size:
+        raise CheckpointError(
+            f"{where}: patches of {image_encoder.patch_size} pixels are larger than the image of "
+            f"{image_encoder.image_size}."
+        )
+    return image_encoder
+
+
 def differences(ours: object, theirs: object) -> list[str]:
-    """The fields in which two configs of one class differ, as ``dim 1536, not 256``."""
+    """The fields in which two configs of one class differ, as ``dim 1536, not 256``.
+
+    None is a part that a variant has not.
+    """
+    if ours is None or theirs is None:
+        return ["missing" if theirs is None else "present"]
     return [
         f"{field.name} {getattr(theirs, field.name)}, not {getattr(ours, field.name)}"
         for field in fields(ours)  # type: ignore[arg-type]

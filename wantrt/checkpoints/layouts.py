@@ -10,6 +10,7 @@ import mmap
 import shutil
 from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,18 @@ from wantrt.checkpoints.opening import (
     OFFICIAL_TOKENIZER,
 )
 from wantrt.checkpoints.writer import Plan, write_shards
-from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig, Variant
+from wantrt.config import DiTConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, Variant
+from wantrt.models.clip import IMAGE_MEAN, IMAGE_STD
+
+DIFFUSERS_PIPELINES = {  # task -> class; WanPipeline for others
+    "i2v": "WanImageToVideoPipeline",
+    "flf2v": "WanImageToVideoPipeline",
+    "vace": "WanVACEPipeline",
+    "animate": "WanAnimatePipeline",
+}
 
 OFFICIAL_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+OFFICIAL_IMAGE_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 
 
 def write_official(
@@ -36,17 +46,22 @@ def write_official(
     shard_bytes: int = SHARD_BYTES,
     pickled: bool = True,
 ) -> None:
-    """Official layout; the VAE and UMT5 as ``.pth``, or as safetensors if not `pickled`."""
+    """Official layout; all but the transformers as ``.pth``, or as safetensors if not `pickled`."""
     variant = checkpoint.variant
     for expert in variant.experts:
         place = folder / expert.folder
         _write_json(place / "config.json", official_dit_config(variant.task, expert.dit))
         part = checkpoint.parts[expert.name]
         _write_part(part, "official", dtype, place / f"{DIT_STEM}.safetensors", shard_bytes)
-    for name, file in (("vae", variant.vae_file), ("text_encoder", OFFICIAL_TEXT_FILE)):
+    files = {
+        "vae": variant.vae_file,
+        "text_encoder": OFFICIAL_TEXT_FILE,
+        **({"image_encoder": OFFICIAL_IMAGE_FILE} if variant.image_encoder else {}),
+    }
+    for name, file in files.items():
         path, part = folder / file, checkpoint.parts[name]
         if pickled:
-            write_pth(path, *unprepared(part, "official", dtype))
+            write_pth(path, *_completed(part, "official", dtype))
         else:
             _write_part(part, "official", dtype, path.with_suffix(".safetensors"), 1 << 62)
     _copy_tokenizer(checkpoint, folder / OFFICIAL_TOKENIZER)
@@ -67,8 +82,15 @@ def write_diffusers(
         "vae": ("vae", diffusers_vae_config(variant.vae)),
         "text_encoder": ("text_encoder", diffusers_text_config(variant.text_encoder)),
     }
+    if variant.image_encoder is not None:
+        configs["image_encoder"] = (
+            "image_encoder",
+            diffusers_image_config(variant.image_encoder),
+        )
+        processor = image_processor_config(variant.image_encoder)
+        _write_json(folder / "image_processor" / "preprocessor_config.json", processor)
     for name, (part, config) in configs.items():
-        stem = "model" if name == "text_encoder" else DIT_STEM
+        stem = "model" if name in ("text_encoder", "image_encoder") else DIT_STEM
         path = folder / name / f"{stem}.safetensors"
         _write_json(folder / name / "config.json", config)
         _write_part(checkpoint.parts[part], "diffusers", dtype, path, shard_bytes)
@@ -99,6 +121,33 @@ def unprepared(
     return plan, read
 
 
+def _completed(
+    part: Part, layout: Layout, dtype: torch.dtype
+) -> tuple[Plan, Callable[[str], list[Tensor]]]:
+    """`unprepared`, with zeros for what an image encoder has besides and never computes.
+
+    That is its last block and the norm behind it, which other programs' loaders ask for.
+    """
+    plan, read = unprepared(part, layout, dtype)
+    if not isinstance(part.config, ImageEncoderConfig):
+        return plan, read
+    dim, last = part.config.dim, part.config.num_layers
+    norm = "visual.post_norm" if layout == "official" else "post_layernorm"
+    idle: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{norm}.{name}": (dtype, (dim,)) for name in ("weight", "bias")
+    }
+    for name, shape in part.shapes.items():
+        if name.startswith("blocks.0."):
+            its_name = name.replace("blocks.0.", f"blocks.{last}.", 1)
+            pieces = part.names.pieces(its_name, shape, layout)
+            idle |= {piece.name: (dtype, piece.shape) for piece in pieces}
+
+    def complete(stored: str) -> list[Tensor]:
+        return [torch.zeros(prod(idle[stored][1]))] if stored in idle else read(stored)
+
+    return {**plan, **idle}, complete
+
+
 def write_pth(path: Path, plan: Plan, read: Callable[[str], list[Tensor]]) -> None:
     """A ``torch.save`` file of a dictionary of tensors: first its outline, then each in place."""
     with torch.serialization.skip_data():
@@ -113,7 +162,7 @@ def write_pth(path: Path, plan: Plan, read: Callable[[str], list[Tensor]]) -> No
 def _write_part(
     part: Part, layout: Layout, dtype: torch.dtype, path: Path, shard_bytes: int
 ) -> None:
-    plan, read = unprepared(part, layout, dtype)
+    plan, read = _completed(part, layout, dtype)
     shards = write_shards(path, plan, read, shard_bytes)
     if len(shards) > 1:
         weight_map = {name: file.name for file, shard in shards.items() for name in shard.plan}
@@ -137,8 +186,9 @@ def _copy_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def official_dit_config(task: str, dit: DiTConfig) -> dict[str, Any]:
+    vace = {"vace_in_dim": dit.vace_channels, "vace_layers": list(dit.vace_layers)}
     return {
-        "_class_name": "WanModel",
+        "_class_name": "VaceWanModel" if dit.vace_channels else "WanModel",
         "model_type": task,
         "dim": dit.dim,
         "eps": dit.eps,
@@ -149,14 +199,16 @@ def official_dit_config(task: str, dit: DiTConfig) -> dict[str, Any]:
         "num_layers": dit.num_layers,
         "out_dim": dit.out_channels,
         "text_len": dit.text_len,
+        **(vace if dit.vace_channels else {}),
     }
 
 
 def diffusers_dit_config(dit: DiTConfig) -> dict[str, Any]:
     """`text_len` is ours: said only where it is not the 512 that everybody expects."""
+    vace = {"vace_in_channels": dit.vace_channels, "vace_layers": list(dit.vace_layers)}
     return {
-        "_class_name": "WanTransformer3DModel",
-        "added_kv_proj_dim": None,
+        "_class_name": _diffusers_dit_class(dit),
+        "added_kv_proj_dim": dit.dim if dit.image_dim else None,
         "attention_head_dim": dit.head_dim,
         "cross_attn_norm": True,
         "eps": dit.eps,
@@ -173,7 +225,12 @@ def diffusers_dit_config(dit: DiTConfig) -> dict[str, Any]:
         "rope_max_seq_len": 1024,
         "text_dim": dit.text_dim,
         **({} if dit.text_len == 512 else {"text_len": dit.text_len}),
+        **(vace if dit.vace_channels else {}),
     }
+
+
+def _diffusers_dit_class(dit: DiTConfig) -> str:
+    return "WanVACETransformer3DModel" if dit.vace_channels else "WanTransformer3DModel"
 
 
 def diffusers_vae_config(vae: VAEConfig) -> dict[str, Any]:
@@ -224,17 +281,61 @@ def diffusers_text_config(text_encoder: TextEncoderConfig) -> dict[str, Any]:
     }
 
 
+def diffusers_image_config(image_encoder: ImageEncoderConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": image_encoder.dim,
+        "image_size": image_encoder.image_size,
+        "intermediate_size": image_encoder.ffn_dim,
+        "layer_norm_eps": image_encoder.eps,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": image_encoder.num_heads,
+        "num_channels": 3,
+        "num_hidden_layers": image_encoder.num_layers + 1,  # the last does not run
+        "patch_size": image_encoder.patch_size,
+        "projection_dim": 1024,
+    }
+
+
+def image_processor_config(image_encoder: ImageEncoderConfig) -> dict[str, Any]:
+    """As of laion/CLIP-ViT-H-14: what `wantrt.tasks.clip_image.cover` does."""
+    size = image_encoder.image_size
+    return {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(IMAGE_STD),
+        "resample": 3,  # bicubic
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }
+
+
 def model_index(variant: Variant) -> dict[str, Any]:
     two = len(variant.experts) > 1
+    transformer = ["diffusers", _diffusers_dit_class(variant.experts[0].dit)]
+    with_image = variant.image_encoder is not None
+    image_parts = {
+        "image_encoder": ["transformers", "CLIPVisionModel"] if with_image else [None, None],
+        "image_processor": ["transformers", "CLIPImageProcessor"] if with_image else [None, None],
+    }
     return {
-        "_class_name": "WanPipeline",
+        "_class_name": DIFFUSERS_PIPELINES.get(variant.task, "WanPipeline"),
         "boundary_ratio": variant.boundary_ratio,
         "expand_timesteps": variant.task == "ti2v",
+        **(image_parts if variant.task in ("i2v", "flf2v", "animate") else {}),
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
+        "transformer": transformer,
+        "transformer_2": transformer if two else [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
 

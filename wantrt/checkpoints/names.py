@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig
+from wantrt.config import DiTConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig
 
 Layout = Literal["official", "diffusers", "prepared"]
 Shape = tuple[int, ...]
@@ -23,6 +23,10 @@ def as_prepared(shape: Shape) -> Shape:
 
 def as_table(shape: Shape) -> Shape:
     return (1, *shape)
+
+
+def as_token(shape: Shape) -> Shape:
+    return (1, 1, *shape)
 
 
 def as_gamma_3d(shape: Shape) -> Shape:
@@ -42,13 +46,15 @@ class Row:
     """One entry: what begins with `prepared` begins, in a file, with `official` or `diffusers`.
 
     ``*`` stands for an index. ``q|k|v`` at the end names tensors that are fused, in that order.
-    `stored` gives the shape in the file of a (piece of a) tensor from its prepared shape.
+    `stored` gives the shape in the file of a (piece of a) tensor from its prepared shape;
+    `stored_diffusers` where Diffusers' is another.
     """
 
     prepared: str
     official: str
     diffusers: str
     stored: Callable[[Shape], Shape] = as_prepared
+    stored_diffusers: Callable[[Shape], Shape] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,14 @@ class Piece:
 
 
 class NameMap:
-    """The names of one part's tensors, in every layout."""
+    """The names of one part's tensors, in every layout.
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    `ignored` are patterns of what a file may hold besides: stored, but not part of the model.
+    """
+
+    def __init__(self, rows: Sequence[Row], ignored: Sequence[re.Pattern[str]] = ()) -> None:
         self._rows = [(_pattern(row.prepared), row) for row in rows]
+        self.ignored = ignored
 
     def pieces(self, name: str, shape: Shape, layout: Layout) -> list[Piece]:
         """Where the prepared tensor `name` [shape] is stored: its pieces from top to bottom."""
@@ -74,8 +84,14 @@ class NameMap:
         template = row.official if layout == "official" else row.diffusers
         stem, _, last = template.rpartition(".")
         names = [f"{stem}.{word}".lstrip(".") for word in last.split("|")]
-        piece_shape = row.stored((shape[0] // len(names), *shape[1:]))
+        stored = row.stored_diffusers if layout == "diffusers" else None
+        piece_shape = (stored or row.stored)((shape[0] // len(names), *shape[1:]))
         return [Piece(_fill(name, indices) + suffix, piece_shape) for name in names]
+
+    def finest(self, name: str) -> int:
+        """Of how many pieces a prepared tensor is in the layout that splits it most."""
+        row, _ = self._find(name)
+        return max(template.count("|") + 1 for template in (row.official, row.diffusers))
 
     def _find(self, name: str) -> tuple[Row, re.Match[str]]:
         for pattern, row in self._rows:
@@ -277,6 +293,50 @@ def text_names(config: TextEncoderConfig) -> NameMap:
             Row("head.norm", "norm.weight", "encoder.final_layer_norm.weight"),
         )
     )
+
+
+# -- The image encoder ----------------------------------------------------------------------------
+
+IMAGE_PREFIX = "visual."  # in the official file, which holds CLIP's text encoder too
+HF_IMAGE_PREFIX = "vision_model."  # of every name, in checkpoints of transformers before 5
+
+
+def image_names(config: ImageEncoderConfig) -> NameMap:
+    def as_conv(shape: Shape) -> Shape:
+        return (shape[0], 3, config.patch_size, config.patch_size)
+
+    official, theirs = f"{IMAGE_PREFIX}transformer.*", "encoder.layers.*"
+    positions = "embeddings.position_embedding.weight"
+    rows = (
+        Row("embed.proj", f"{IMAGE_PREFIX}patch_embedding", "embeddings.patch_embedding", as_conv),
+        Row(
+            "embed.class_token",
+            f"{IMAGE_PREFIX}cls_embedding",
+            "embeddings.class_embedding",
+            as_token,
+            as_prepared,
+        ),
+        Row("embed.positions", f"{IMAGE_PREFIX}pos_embedding", positions, as_table, as_prepared),
+        Row("embed.norm", f"{IMAGE_PREFIX}pre_norm", "pre_layrnorm"),
+        Row("blocks.*.attn_norm", f"{official}.norm1", f"{theirs}.layer_norm1"),
+        Row(
+            "blocks.*.qkv",
+            f"{official}.attn.to_qkv",
+            f"{theirs}.self_attn.q_proj|k_proj|v_proj",
+        ),
+        Row("blocks.*.out", f"{official}.attn.proj", f"{theirs}.self_attn.out_proj"),
+        Row("blocks.*.ffn_norm", f"{official}.norm2", f"{theirs}.layer_norm2"),
+        Row("blocks.*.up", f"{official}.mlp.0", f"{theirs}.mlp.fc1"),
+        Row("blocks.*.down", f"{official}.mlp.2", f"{theirs}.mlp.fc2"),
+    )
+    last = config.num_layers  # the block that does not run, in both layouts
+    ignored = (
+        rf"visual\.(transformer\.{last}\..+|post_norm\..+|head)",
+        r"textual\..+|log_scale",
+        rf"encoder\.layers\.{last}\..+|post_layernorm\..+|visual_projection\.weight",
+        r"embeddings\.position_ids",  # a table of old transformers
+    )
+    return NameMap(rows, [re.compile(pattern) for pattern in ignored])
 
 
 # -- Exceptions -----------------------------------------------------------------------------------

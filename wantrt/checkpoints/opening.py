@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from wantrt.checkpoints.configs import Fields
 from wantrt.checkpoints.folder import Folder
 from wantrt.checkpoints.generate import GeneratedTensors
 from wantrt.checkpoints.hub import fetch
-from wantrt.checkpoints.names import Layout
-from wantrt.checkpoints.tensors import StoredTensors
+from wantrt.checkpoints.names import HF_IMAGE_PREFIX, Layout
+from wantrt.checkpoints.tensors import StoredTensors, Unprefixed
 from wantrt.checkpoints.variants import identify, with_dimensions
 from wantrt.config import (
     VARIANTS,
     DiTConfig,
+    ImageEncoderConfig,
     TextEncoderConfig,
     VAEConfig,
     Variant,
@@ -38,6 +40,10 @@ NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
 DIT_STEM = "diffusion_pytorch_model"
 OFFICIAL_VAE_STEM = "*_VAE"
 OFFICIAL_TEXT_STEM = "models_t5*"
+OFFICIAL_IMAGE_STEM = "models_clip*"
+IMAGE_TENSOR = "img_emb.proj.0.weight"  # of an official transformer that takes image features
+DIFFUSERS_TEXT_STEM = "text_encoder/model"
+DIFFUSERS_IMAGE_STEM = "image_encoder/model"
 OFFICIAL_TOKENIZER = "google/umt5-xxl/tokenizer.json"
 DIFFUSERS_TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -54,8 +60,9 @@ def open_checkpoint(source: str | Path | None = None, variant: str | None = None
 
     `source` is a folder (official or Diffusers layout), a Hugging Face repository id, or
     ``random:SEED`` (generated weights; ``random:SEED:dim=256,num_heads=4,vae.encoder_dim=32``
-    changes dimensions: plain names are the transformer's, ``vae.`` and ``text_encoder.`` the
-    others'). None is the official repository of `variant`, and what ships with wantrt for nano.
+    changes dimensions: plain names are the transformer's, ``vae.``, ``text_encoder.`` and
+    ``image_encoder.`` the others'). None is the official repository of `variant`, and what ships
+    with wantrt for nano.
 
     Raises CheckpointError for what is missing, damaged or does not fit, SettingsError for what is
     asked wrongly, UnsupportedTaskError for a task that is not there yet.
@@ -126,8 +133,13 @@ def _generated(source: str, row: Variant) -> Checkpoint:
 
 def _resized(row: Variant, changes: str) -> Variant:
     """The row with the dimensions that ``dim=256,vae.encoder_dim=32`` asks for."""
-    given: dict[str, dict[str, Any]] = {"dit": {}, "vae": {}, "text_encoder": {}}
-    kinds = {"dit": DiTConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig}
+    kinds = {
+        "dit": DiTConfig,
+        "vae": VAEConfig,
+        "text_encoder": TextEncoderConfig,
+        **({"image_encoder": ImageEncoderConfig} if row.image_encoder else {}),
+    }
+    given: dict[str, dict[str, Any]] = {part: {} for part in kinds}
     for change in filter(None, changes.split(",")):
         path, _, value = change.partition("=")
         part, _, name = path.strip().rpartition(".")
@@ -136,25 +148,48 @@ def _resized(row: Variant, changes: str) -> Variant:
         largest = configs.MAX_LAYERS if name == "num_layers" else configs.MAX_DIM
         number = int(value) if NUMBER.fullmatch(value) else 0
         if name not in known or not 0 < number <= largest:
+            others = "|".join(f"{other}." for other in kinds if other != "dit")
             raise SettingsError(
-                f"random: cannot set {change!r}. Expected [vae.|text_encoder.]field=number, from 1 "
+                f"random: cannot set {change!r}. Expected [{others}]field=number, from 1 "
                 f"to {largest}" + (f", with one of {', '.join(known)}." if known else ".")
             )
         given[part][name] = number
     text_encoder = configs.checked_text_encoder(
         replace(row.text_encoder, **given["text_encoder"]), "random, text encoder"
     )
+    image_encoder = row.image_encoder
+    if image_encoder is not None:
+        image_encoder = configs.checked_image_encoder(
+            replace(image_encoder, **given["image_encoder"]), "random, image encoder"
+        )
     vae = configs.with_statistics(replace(row.vae, **given["vae"])) if given["vae"] else row.vae
-    linked: dict[str, Any] = {
-        "text_dim": text_encoder.dim,
-        "in_channels": vae.z_dim,
-        "out_channels": vae.z_dim,
-    }
+    parts = replace(row, vae=vae, text_encoder=text_encoder, image_encoder=image_encoder)
     dits = [
-        configs.checked_dit(replace(expert.dit, **(linked | given["dit"])), "random, transformer")
+        configs.checked_dit(
+            _shortened(replace(expert.dit, **(_linked(expert.dit, parts) | given["dit"]))),
+            "random, transformer",
+        )
         for expert in row.experts
     ]
-    return with_dimensions(row, dits, vae, text_encoder)
+    return with_dimensions(row, dits, vae, text_encoder, image_encoder)
+
+
+def _linked(dit: DiTConfig, parts: Variant) -> dict[str, Any]:
+    """The dimensions of a transformer that are those of the other parts."""
+    z_dim, image_encoder = parts.vae.z_dim, parts.image_encoder
+    conditioned = dit.in_channels > dit.out_channels
+    return {
+        "text_dim": parts.text_encoder.dim,
+        "in_channels": z_dim + (4 + z_dim if conditioned else 0),  # mask and condition latent
+        "out_channels": z_dim,
+        "image_dim": image_encoder.dim if image_encoder else None,
+        "image_positions": parts.image_rows if dit.image_positions else None,
+    }
+
+
+def _shortened(dit: DiTConfig) -> DiTConfig:
+    """Without the hints that would enter behind the last layer."""
+    return replace(dit, vace_layers=tuple(n for n in dit.vace_layers if n < dit.num_layers))
 
 
 # -- Folders --------------------------------------------------------------------------------------
@@ -187,20 +222,27 @@ class _Opening:
         config_files = [self._config(f"{folder}config.json") for folder in folders]
         task = _official_task(config_files[0])
         self._require_task(task)
-        *dit_tensors, vae, text = self._all_tensors(
-            [*(f"{folder}{DIT_STEM}" for folder in folders), OFFICIAL_VAE_STEM, OFFICIAL_TEXT_STEM]
+        dit_stems = [f"{folder}{DIT_STEM}" for folder in folders]
+        first = self.folder.tensors(dit_stems[0])
+        image_stems = [OFFICIAL_IMAGE_STEM] if first and IMAGE_TENSOR in first.specs else []
+        tensors = self._all_tensors(
+            [OFFICIAL_TEXT_STEM, *image_stems, *dit_stems, OFFICIAL_VAE_STEM]
         )
+        text, vae = tensors[OFFICIAL_TEXT_STEM].specs, tensors[OFFICIAL_VAE_STEM].specs
         dits = [
-            configs.official_dit(config, tensors.specs, str(config.path))
-            for config, tensors in zip(config_files, dit_tensors, strict=True)
+            configs.official_dit(config, tensors[stem].specs, str(config.path))
+            for config, stem in zip(config_files, dit_stems, strict=True)
         ]
-        vae_config = configs.official_vae(vae.specs, f"the VAE of {self.source}")
-        text_config = configs.official_text_encoder(
-            text.specs, f"the text encoder of {self.source}"
-        )
+        vae_config = configs.official_vae(vae, f"the VAE of {self.source}")
+        text_config = configs.official_text_encoder(text, f"the text encoder of {self.source}")
+        image_config = None
+        if image_stems:
+            image_config = configs.official_image_encoder(
+                tensors[OFFICIAL_IMAGE_STEM].specs, f"the image encoder of {self.source}"
+            )
         return self._checkpoint(
-            self._identify(task, dits, vae_config, text_config),
-            [text, *dit_tensors, vae],
+            self._identify(task, dits, vae_config, text_config, image_config),
+            tensors.values(),
             tokenizer=OFFICIAL_TOKENIZER,
         )
 
@@ -211,24 +253,34 @@ class _Opening:
         config_files = [self._config(f"{folder}/config.json") for folder in folders]
         task = _diffusers_task(index, config_files[0])
         self._require_task(task)
-        *dit_tensors, vae, text = self._all_tensors(
+        dits = [configs.diffusers_dit(config) for config in config_files]
+        image_stems = [DIFFUSERS_IMAGE_STEM] if dits[0].image_dim else []
+        tensors = self._all_tensors(
             [
+                DIFFUSERS_TEXT_STEM,
+                *image_stems,
                 *(f"{folder}/{DIT_STEM}" for folder in folders),
                 f"vae/{DIT_STEM}",
-                "text_encoder/model",
             ]
         )
-        dits = [configs.diffusers_dit(config) for config in config_files]
         vae_config = configs.diffusers_vae(self._config("vae/config.json"))
         text_config = configs.diffusers_text_encoder(self._config("text_encoder/config.json"))
+        image_config = None
+        if image_stems:
+            image_config = configs.diffusers_image_encoder(
+                self._config("image_encoder/config.json")
+            )
+            tensors[DIFFUSERS_IMAGE_STEM] = Unprefixed(
+                tensors[DIFFUSERS_IMAGE_STEM], HF_IMAGE_PREFIX
+            )
         recorded = {"model_index": index, "scheduler_config": self._scheduler()}
-        variant, note = self._identify(task, dits, vae_config, text_config)
+        variant, note = self._identify(task, dits, vae_config, text_config, image_config)
         ratio = index.get("boundary_ratio")
         if variant.name == "custom" and two and isinstance(ratio, float):
             variant = replace(variant, boundary_ratio=ratio)
         return self._checkpoint(
             (variant, note),
-            [text, *dit_tensors, vae],
+            tensors.values(),
             tokenizer=DIFFUSERS_TOKENIZER,
             settings={name: values for name, values in recorded.items() if values},
         )
@@ -236,10 +288,11 @@ class _Opening:
     def _checkpoint(
         self,
         identified: tuple[Variant, str | None],
-        tensors: list[StoredTensors],
+        tensors: Iterable[StoredTensors],
         tokenizer: str,
         settings: dict[str, Any] | None = None,
     ) -> Checkpoint:
+        """tensors: of every part, in the order of `part_configs`."""
         variant, note = identified
         parts = {
             name: Part(name=name, config=config, tensors=stored, layout=self.layout)
@@ -256,9 +309,22 @@ class _Opening:
         )
 
     def _identify(
-        self, task: str, dits: list[DiTConfig], vae: VAEConfig, text_encoder: TextEncoderConfig
+        self,
+        task: str,
+        dits: list[DiTConfig],
+        vae: VAEConfig,
+        text_encoder: TextEncoderConfig,
+        image_encoder: ImageEncoderConfig | None,
     ) -> tuple[Variant, str | None]:
-        return identify(task, dits, vae, text_encoder, requested=self.requested, source=self.source)
+        return identify(
+            task,
+            dits,
+            vae,
+            text_encoder,
+            image_encoder,
+            requested=self.requested,
+            source=self.source,
+        )
 
     def _require_task(self, task: str) -> None:
         if self.requested is not None and self.requested.task != task:
@@ -283,7 +349,7 @@ class _Opening:
                 Fields(self.folder.path / name, values).number(key, 1.0)
         return values
 
-    def _all_tensors(self, stems: list[str]) -> list[StoredTensors]:
+    def _all_tensors(self, stems: list[str]) -> dict[str, StoredTensors]:
         """The tensors of every stem; one error names all that are not there."""
         found = {stem: self.folder.tensors(stem) for stem in stems}
         if missing := [stem for stem, tensors in found.items() if tensors is None]:
@@ -292,7 +358,7 @@ class _Opening:
                 + ", ".join(f"{stem}.safetensors" for stem in missing)
                 + ", the same with .index.json and shards, and .pth. Download or copy them too."
             )
-        return [tensors for tensors in found.values() if tensors is not None]
+        return {stem: tensors for stem, tensors in found.items() if tensors is not None}
 
 
 def _official_task(config: Fields) -> str:

@@ -108,6 +108,18 @@ class Renamed(Mapping[str, Tensor]):
         return len(self.names)
 
 
+class Unprefixed:
+    """Stored tensors whose names may begin with `prefix`, under the rest of their names."""
+
+    def __init__(self, files: StoredTensors, prefix: str) -> None:
+        self._files = files
+        self._names = {name.removeprefix(prefix): name for name in files.specs}
+        self.specs = {short: files.specs[name] for short, name in self._names.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._files.read(self._names[name])
+
+
 def read_header(path: Path) -> dict[str, tuple[Stored, int]]:
     """Dtype, shape and position in the file of every tensor, all checked against the file's size.
 

@@ -5,16 +5,29 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from wantrt.checkpoints.configs import differences
-from wantrt.config import VARIANTS, DiTConfig, TextEncoderConfig, VAEConfig, Variant
+from wantrt.config import (
+    VARIANTS,
+    DiTConfig,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    VAEConfig,
+    Variant,
+)
 from wantrt.errors import CheckpointError
 
 
 def with_dimensions(
-    row: Variant, dits: Sequence[DiTConfig], vae: VAEConfig, text_encoder: TextEncoderConfig
+    row: Variant,
+    dits: Sequence[DiTConfig],
+    vae: VAEConfig,
+    text_encoder: TextEncoderConfig,
+    image_encoder: ImageEncoderConfig | None = None,
 ) -> Variant:
     """`row` if these are its dimensions, else `custom` with the row's settings."""
     experts = tuple(replace(expert, dit=dit) for expert, dit in zip(row.experts, dits, strict=True))
-    found = replace(row, experts=experts, vae=vae, text_encoder=text_encoder)
+    found = replace(
+        row, experts=experts, vae=vae, text_encoder=text_encoder, image_encoder=image_encoder
+    )
     if found == row:
         return row
     return replace(
@@ -32,6 +45,7 @@ def identify(
     dits: Sequence[DiTConfig],
     vae: VAEConfig,
     text_encoder: TextEncoderConfig,
+    image_encoder: ImageEncoderConfig | None = None,
     *,
     requested: Variant | None = None,
     source: str = "the checkpoint",
@@ -42,8 +56,9 @@ def identify(
     CheckpointError if `requested` does not fit.
     """
     rows = [r for r in VARIANTS.values() if r.task == task and len(r.experts) == len(dits)]
+    encoders = vae, text_encoder, image_encoder
     if requested is not None:
-        found = with_dimensions(requested, dits, vae, text_encoder) if requested in rows else None
+        found = with_dimensions(requested, dits, *encoders) if requested in rows else None
         if found != requested:
             raise _disagreement(requested, found, task, len(dits), source)
         return requested, None
@@ -51,11 +66,11 @@ def identify(
         raise CheckpointError(f"{source} has {len(dits)} experts; no {task} variant has so many.")
     for row in rows:
         if source in (row.repo_id, row.diffusers_repo_id):
-            return with_dimensions(row, dits, vae, text_encoder), None
-    fitting = [row for row in rows if with_dimensions(row, dits, vae, text_encoder) == row]
+            return with_dimensions(row, dits, *encoders), None
+    fitting = [row for row in rows if with_dimensions(row, dits, *encoders) == row]
     if not fitting:
         nearest = min(rows, key=lambda row: _distance(row, dits))
-        return with_dimensions(nearest, dits, vae, text_encoder), None
+        return with_dimensions(nearest, dits, *encoders), None
     chosen = fitting[0]
     twins = [
         row.name  # an A14B expert alone looks like the 14B model
@@ -86,6 +101,7 @@ def _disagreement(
             ("transformer", requested.experts[0].dit, found.experts[0].dit),
             ("VAE", requested.vae, found.vae),
             ("text encoder", requested.text_encoder, found.text_encoder),
+            ("image encoder", requested.image_encoder, found.image_encoder),
         ]
         what = "of other dimensions: " + "; ".join(
             f"{part} {', '.join(differences(expected, actual))}"

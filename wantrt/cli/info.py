@@ -95,8 +95,7 @@ def show_variant(console: Console, variant: Variant) -> None:
             sections += [section(name, record), ""]
     status = variant_status(variant)
     if status == WORKS:
-        parts = ("text_encoder", *(expert.name for expert in variant.experts), "vae")
-        sizes = describe_sizes(variant, dict.fromkeys(parts, "bf16"))
+        sizes = describe_sizes(variant, dict.fromkeys(variant.parts, "bf16"))
         rows = sizes_table([plain_size(size) for size in sizes])
         rows.caption = f"{rows.caption}; precision bf16"
         sections += [rows, ""]

@@ -1,9 +1,9 @@
 """The components: what is exported and run as a unit, cut out of the reference modules.
 
 A component is a module with named inputs and outputs. Its parameters bear the names of the prepared
-tensors of its part (text encoder, DiT or VAE), so a graph's weight inputs, a session's bindings and
-a weight file all speak of the same names. A stack of blocks is one component that runs several
-times, each time bound to other blocks: that is what `instances` says.
+tensors of its part (text or image encoder, DiT, VAE), so a graph's weight inputs, a session's
+bindings and a weight file all speak of the same names. A stack of blocks is one component that runs
+several times, each time bound to other blocks: that is what `instances` says.
 
 This is the only list of components; export, every runtime and `wantrt verify` read it.
 """
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wantrt.config import DiTConfig, TextEncoderConfig, VAEConfig, Variant
+from wantrt.config import DiTConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, Variant
 from wantrt.errors import SettingsError
+from wantrt.models.clip import ImageEncoder
 from wantrt.models.dit import BlockInputs, DiT, run_blocks
 from wantrt.models.ops import TORCH_OPS, Ops
 from wantrt.models.umt5 import TextEncoder
@@ -57,9 +58,12 @@ def part_components(
     stack: int | None = None,
     ops: Ops = TORCH_OPS,
 ) -> list[Component]:
-    """All components of a part: "text_encoder", the name of an expert, or "vae"."""
+    """All components of a part, one of `variant.parts`."""
     if part == "text_encoder":
         return text_components(variant.text_encoder, dtype, stack, ops)
+    if part == "image_encoder":
+        assert variant.image_encoder is not None
+        return image_components(variant.image_encoder, dtype, ops)
     if part == "vae":
         return vae_components(variant.vae, dtype, ops)
     (dit,) = (expert.dit for expert in variant.experts if expert.name == part)
@@ -102,6 +106,22 @@ def text_components(
     ]
 
 
+def image_components(
+    config: ImageEncoderConfig, dtype: torch.dtype, ops: Ops = TORCH_OPS
+) -> list[Component]:
+    """image_encoder."""
+    with torch.device("meta"):
+        encoder = ImageEncoder(config, dtype, ops)
+    return [
+        _component(
+            "image_encoder",
+            _ImageEncoder(encoder),
+            {"pixels": TensorSpec(FLOAT, ("B", 3, config.image_size, config.image_size))},
+            {"features": TensorSpec(FLOAT, ("B", config.num_tokens, config.dim))},
+        )
+    ]
+
+
 def dit_components(
     config: DiTConfig,
     dtype: torch.dtype,
@@ -132,8 +152,9 @@ def dit_components(
     }
     image_features, image_context, hint = {}, {}, {}
     if config.image_dim is not None:
-        image_features["image_features"] = TensorSpec(FLOAT, ("B", "N", config.image_dim))
-        image_context["image_context"] = TensorSpec(dtype, ("B", "N", config.dim))
+        image_rows = config.image_positions or "N"  # learned positions fix the number
+        image_features["image_features"] = TensorSpec(FLOAT, ("B", image_rows, config.image_dim))
+        image_context["image_context"] = TensorSpec(dtype, ("B", image_rows, config.dim))
     if config.vace_channels is not None:
         hint["hint"] = TensorSpec(dtype, ("B", "L", config.dim))
         hint["hint_scale"] = TensorSpec(FLOAT, (1,))
@@ -386,6 +407,18 @@ class _TextHead(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         return (self.head(hidden, mask),)
+
+
+class _ImageEncoder(nn.Module):
+    def __init__(self, encoder: ImageEncoder) -> None:
+        super().__init__()
+        self.embed, self.blocks = encoder.embed, encoder.blocks
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        hidden = self.embed(pixels)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return (hidden,)
 
 
 class _DiTCondition(nn.Module):

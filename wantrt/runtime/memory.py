@@ -42,7 +42,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseMemory(Memory):
-    """What one phase takes: the text encoder, one expert, or the VAE's decoder.
+    """What one phase takes: the text or image encoder, one expert, or the VAE's decoder.
 
     streamed_bytes: the weights of its stacks under `stream`, instead of weights_bytes.
     """
@@ -64,7 +64,7 @@ def phases(
     cut otherwise than by default.
     """
     found = []
-    for part in ("text_encoder", *(expert.name for expert in variant.experts), "vae"):
+    for part in variant.parts:
         dtype = PRECISIONS[precision[part]]
         components = {
             c.name: c
@@ -75,6 +75,8 @@ def phases(
         caches = 0
         if part == "text_encoder":
             scratch, buffers = _text_bytes(variant, dtype.itemsize)
+        elif part == "image_encoder":
+            scratch, buffers = _image_bytes(variant, components[part], dtype.itemsize)
         elif part == "vae":
             scratch, caches, buffers = _decoder_bytes(variant, components, size, dtype.itemsize)
         else:
@@ -192,6 +194,20 @@ def _text_bytes(variant: Variant, element: int) -> tuple[int, int]:
     wide = max(4 * config.attention_dim, 3 * config.ffn_dim)
     hidden = tokens * config.dim * 4
     return scores + tokens * wide * element + 2 * hidden, 4 * hidden
+
+
+def _image_bytes(variant: Variant, component: Component, element: int) -> tuple[int, int]:
+    """Scratch and buffers of all images together."""
+    config = variant.image_encoder
+    assert config is not None
+    tokens = variant.image_rows or 0
+    scores = config.num_heads * tokens * config.num_tokens * 4
+    wide = max(4 * config.dim, 2 * config.ffn_dim)
+    hidden = tokens * config.dim * 4
+    symbols = {"B": tokens // config.num_tokens}
+    specs = (*component.inputs.values(), *component.outputs.values())
+    buffers = sum(_nbytes(spec, symbols) for spec in specs)
+    return scores + tokens * wide * element + 2 * hidden, buffers
 
 
 def _dit_bytes(
