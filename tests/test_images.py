@@ -4,6 +4,7 @@ import os
 import struct
 import zlib
 from contextlib import suppress
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -116,9 +117,13 @@ def test_first_frame_of_an_animation(tmp_path, suffix, caplog):
     assert f"{path} holds several frames; the first is taken" in caplog.text
 
 
-def test_what_the_interface_takes():
+def test_what_the_interface_takes(tmp_path):
     np.testing.assert_array_equal(load_image(gradient()), gradient())
     np.testing.assert_array_equal(load_image(Image.fromarray(gradient())), gradient())
+    Image.fromarray(gradient()).save(tmp_path / "x.png")
+    whole = (tmp_path / "x.png").read_bytes()
+    with pytest.raises(MediaError, match="cannot read the image that was given"):
+        load_image(Image.open(BytesIO(whole[: len(whole) // 2])))
     for wrong in (gradient().astype(np.float32), gradient()[..., 0], gradient()[:0]):
         with pytest.raises(MediaError, match=r"pixels uint8 \[H, W, 3\]"):
             load_image(wrong)

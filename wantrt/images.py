@@ -7,6 +7,7 @@ memory is refused from its header, and whatever goes wrong is one MediaError.
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ Pixels = NDArray[np.uint8]  # [H, W, 3], RGB
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not EPS: it would run Ghostscript
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of frames in folders
+GIVEN = "that was given"  # in place of a path
 MAX_PIXELS = 89_000_000  # of one image; just below where Pillow itself would warn
 
 
@@ -34,31 +36,17 @@ def load_image(source: "str | os.PathLike[str] | Image.Image | Pixels") -> Pixel
     of an animation the first frame is taken, with a warning. Raises MediaError for what is missing,
     damaged, no image or absurdly large.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(source, np.ndarray):
         return check_pixels(source)
     if isinstance(source, Image.Image):
-        return _read(source, "the image")
+        return _guarded(GIVEN, lambda: _read(source, GIVEN))
     path = Path(source)
     if not path.is_file():
         reason = "it is not a file" if path.exists() else "there is no such file"
         raise MediaError(f"cannot read the image {path}: {reason}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow thinks of damaged metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                return _read(image, str(path))
-    except MediaError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MediaError(_too_large(str(path))) from None
-    except UnidentifiedImageError:
-        kinds = ", ".join(IMAGE_FORMATS)
-        raise MediaError(f"cannot read the image {path}: it is none of {kinds}") from None
-    except Exception as error:  # decoders raise all sorts of things on damaged data
-        raise MediaError(f"cannot read the image {path}: {_first_line(error)}") from error
+    return _guarded(str(path), lambda: _read_file(path))
 
 
 def check_pixels(array: NDArray[np.uint8]) -> Pixels:
@@ -68,12 +56,39 @@ def check_pixels(array: NDArray[np.uint8]) -> Pixels:
     return array
 
 
+def _read_file(path: Path) -> Pixels:
+    from PIL import Image
+
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        return _read(image, str(path))
+
+
+def _guarded(name: str, read: Callable[[], Pixels]) -> Pixels:
+    """Whatever Pillow objects to is a MediaError of one line."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow thinks of damaged metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return read()
+    except MediaError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise MediaError(_too_large(name)) from None
+    except UnidentifiedImageError:
+        kinds = ", ".join(IMAGE_FORMATS)
+        raise MediaError(f"cannot read the image {name}: it is none of {kinds}") from None
+    except Exception as error:  # decoders raise all sorts of things on damaged data
+        raise MediaError(f"cannot read the image {name}: {_first_line(error)}") from error
+
+
 def _read(image: "Image.Image", name: str) -> Pixels:
     if image.width * image.height > MAX_PIXELS:
         raise MediaError(_too_large(name))
     kind = image.format
     if getattr(image, "is_animated", False) and kind != "MPO":  # MPO: a JPEG and its preview
-        log.warning("%s holds several frames; the first is taken", name)
+        log.warning("the image %s holds several frames; the first is taken", name)
     image.load()
     image = _upright(image)
     # before Pillow 11 a PNG of 16 bits is of mode I, which otherwise means 32

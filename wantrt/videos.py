@@ -57,6 +57,8 @@ class Footage:
         starts = [time - self.times[0] for time in self.times]
         duration = starts[-1] + starts[-1] / (len(starts) - 1)
         count = int(duration * rate)
+        if count > MAX_FRAMES:
+            raise MediaError(f"{self.name} lasts {float(duration):.0f} seconds; cut it")
         moments = (i / rate + CLOCK for i in range(max(count, 1)))
         return [bisect_right(starts, moment) - 1 for moment in moments]
 
@@ -190,6 +192,7 @@ def natural_order(name: str) -> list[str | int]:
 def _from_file(path: Path) -> Footage:
     """Times come from the packets, without decoding; size and rotation from the first frame."""
     with _opened(path) as (container, stream):
+        _check_frame_size(path, stream.codec_context.width, stream.codec_context.height)
         times = _frame_times(path, container, stream)
     if not times:
         raise MediaError(f"cannot read the video {path}: it has no frames")
@@ -222,11 +225,7 @@ def _decode_file(path: Path, wanted: Sequence[int]) -> Iterator[Pixels]:
         for i, frame in enumerate(container.decode(stream)):
             if i != remaining[-1]:
                 continue
-            if frame.width * frame.height > MAX_PIXELS:
-                raise MediaError(
-                    f"cannot read the video {path}: a frame of {frame.width}x{frame.height} is "
-                    "too large; scale it down"
-                )
+            _check_frame_size(path, frame.width, frame.height)
             # the file says how far to turn the picture counter-clockwise, in degrees
             pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
             pixels = np.rot90(pixels, round(frame.rotation / 90))
@@ -240,6 +239,13 @@ def _decode_file(path: Path, wanted: Sequence[int]) -> Iterator[Pixels]:
     )
 
 
+def _check_frame_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise MediaError(
+            f"cannot read the video {path}: a frame of {width}x{height} is too large; scale it down"
+        )
+
+
 @contextmanager
 def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
     """The container and its video stream; whatever FFmpeg objects to is a MediaError."""
@@ -247,12 +253,21 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
 
     options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
     try:
-        with av.open(str(path.absolute()), container_options=options) as container:
+        with av.open(
+            str(path.absolute()), container_options=options, metadata_errors="ignore"
+        ) as container:
             if not container.streams.video:
                 raise MediaError(f"cannot read the video {path}: it has no picture")
-            yield container, container.streams.video[0]
-    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+            stream = container.streams.video[0]
+            if getattr(stream, "codec_context", None) is None:
+                raise MediaError(
+                    f"cannot read the video {path}: there is no decoder for it; convert it to H.264"
+                )
+            yield container, stream
+    except MediaError:
+        raise
+    except Exception as error:  # of all sorts, on damaged data
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
         raise MediaError(
             f"cannot read the video {path}: {reason}; give an mp4, webm, mov, gif, … or a folder"
         ) from error
