@@ -5,11 +5,20 @@ from functools import cache
 import pytest
 import torch
 
-from tests.export.components import NAMES, make_components, make_inputs, make_weights
+from tests.export.components import (
+    NAMES,
+    VAE_SMALL_2_2,
+    make_components,
+    make_inputs,
+    make_weights,
+)
+from wantrt.config import VAE_NANO
 from wantrt.device import CPUDevice
 from wantrt.export.graph import export_component
 from wantrt.export.ops import ONNX_OPS
+from wantrt.models.components import vae_components
 from wantrt.models.ops import TORCH_OPS
+from wantrt.models.vae import VAE
 from wantrt.runtime import onnxruntime_session, torch_session
 
 SIZES = {
@@ -46,3 +55,38 @@ def test_matches_reference(name, tmp_path):
                 assert (outputs[output] - expected).abs().max() / scale < 1e-5, output
             results.append(next(iter(outputs.values())))
         assert not any(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("config", [VAE_NANO, VAE_SMALL_2_2], ids=["2.1", "2.2"])
+@torch.inference_mode()
+def test_a_stream_of_chunks_gives_the_whole_clip(config, tmp_path):
+    """Latent to pixels to latent, by graphs from chunk to chunk and by the module at once."""
+    weights, sessions, device = {}, {}, CPUDevice()
+    for component in vae_components(config, torch.float32, ONNX_OPS):
+        weights |= make_weights(component)
+        path = tmp_path / f"{component.name}.onnx"
+        export_component(component, path)
+        (sessions[component.name],) = onnxruntime_session.load_sessions(
+            component, path, weights, device
+        )
+    with torch.device("meta"):
+        vae = VAE(config)
+    vae.load_state_dict(weights, assign=True)
+
+    def stream(side, given, wanted, chunks):
+        pieces, caches = [], {}
+        for chunk in chunks:
+            session = sessions[f"vae_{side}_{'next' if pieces else 'first'}"]
+            outputs = session.run({given: chunk.contiguous(), **caches})
+            pieces.append(outputs[wanted].clone())
+            caches = {n[4:]: t.clone() for n, t in outputs.items() if n.startswith("new_")}
+        return torch.cat(pieces, dim=2)
+
+    latent = torch.randn(1, config.z_dim, 3, 3, 5, generator=torch.Generator().manual_seed(0))
+    pixels, _ = vae.decode(latent)
+    actual = stream("decoder", "latent", "pixels", latent.split(1, dim=2))
+    assert (actual - pixels).abs().max() < 1e-4
+    expected, _ = vae.encode(pixels)
+    frames = (pixels[:, :, :1], *pixels[:, :, 1:].split(4, dim=2))
+    actual = stream("encoder", "pixels", "latent", frames)
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
