@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.tasks.pictures import picture
@@ -55,6 +57,35 @@ def test_best_output_size(image_size, expected):
     assert best_output_size(image_size, AREA_TI2V) == expected
     assert ti2v.video_size(image_size, (1280, 704), "area", "official") == expected
     assert ti2v.video_size(image_size, (1280, 704), "crop", "official") == (1280, 704)
+
+
+SIDES = st.integers(1, 10_000)
+
+
+@given(SIDES, SIDES, st.integers(64, 1280), st.integers(64, 1280), st.booleans())
+def test_sizes_are_whole_within_the_area_and_alike(width, height, wide, high, official):
+    area, image_size = wide * high, (width, height)
+    convention = "official" if official else "diffusers"
+    for step, size_of in (
+        (16, lambda: size_by_area(image_size, area, convention)),
+        (32, lambda: best_output_size(image_size, area)),
+    ):
+        try:
+            size = size_of()
+        except SettingsError:
+            assert max(width / height, height / width) * step**2 > area / 4, "too narrow by far"
+            continue
+        assert all(side > 0 and side % step == 0 for side in size)
+        assert size[0] * size[1] <= area * 1.05, "diffusers rounds up before it rounds down"
+        if official and max(width / height, height / width) < 2 and area > 150_000:
+            assert size[0] / size[1] == pytest.approx(width / height, rel=0.2)
+
+
+@pytest.mark.parametrize("size", [(0, 64), (64, -64)], ids=str)
+@pytest.mark.parametrize("task", [i2v, ti2v])
+def test_no_area(task, size):
+    with pytest.raises(SettingsError, match="must be positive"):
+        task.video_size((64, 64), size, "area", "official")
 
 
 @pytest.mark.parametrize("size_of_task", [i2v.video_size, ti2v.video_size])

@@ -41,6 +41,27 @@ def test_official_size_and_frames(source_size, length, area, expected):
     assert actual == expected
 
 
+def official_size(h, w, length, area, seq_len):
+    """`_get_frameid_bbox_adjust_last` of the official VaceVideoProcessor, as far as sizes go."""
+    area_z = min(seq_len, area / (16 * 16), (h // 16) * (w // 16))
+    of = min((length - 1) // 4 + 1, int(seq_len / area_z))
+    target_area_z = min(area_z, int(seq_len / of))
+    oh = round(np.sqrt(target_area_z * (h / w)))
+    ow = int(target_area_z / oh)
+    return (ow * 16, oh * 16), (of - 1) * 4 + 1
+
+
+@pytest.mark.parametrize("size, seq_len", [((832, 480), 32_760), ((1280, 720), 75_600)])
+def test_official_sizes_of_many_sources(size, seq_len):
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        width, height = (int(side) for side in generator.integers(64, 4000, 2))
+        length = int(generator.integers(1, 700))
+        expected = official_size(height, width, length, size[0] * size[1], seq_len)
+        asked = (width, height), length, size, 81, "area", "official"
+        assert vace.video_size_and_frames(*asked) == expected
+
+
 def test_given_frames_and_sizes():
     def ask(fit, num_frames, frames_given, length=30, convention="official"):
         return vace.video_size_and_frames(
@@ -82,6 +103,12 @@ def test_short_sources_are_taken_whole():
 def test_frames_of_uneven_rate_are_chosen_by_time():
     times = [Fraction(t) for t in (0, 1, 2, 10, 11, 12)]  # a slow frame in the middle
     assert vace.choose_frames(times, 5) == [0, 2, 2, 2, 5]
+
+
+@pytest.mark.parametrize("num_frames", [-3, 0, 80])
+def test_asked_frames_are_checked_first(num_frames):
+    with pytest.raises(SettingsError, match=rf"^{num_frames} frames is not 4n \+ 1"):
+        vace.video_size_and_frames((64, 64), 9, (64, 64), num_frames, "area", "official", True)
 
 
 def test_channels_are_kept_then_changed_then_mask():

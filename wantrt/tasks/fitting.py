@@ -66,6 +66,7 @@ def size_by_area(image_size: Size, area: int, convention: str, step: int = 16) -
     becomes 832x464: the root is 479.99999999999994. Diffusers: the recipe of its documentation,
     which rounds the root first. Raises SettingsError for an image too narrow to have such a size.
     """
+    _check_area(area)
     width, height = image_size
     aspect = height / width
     high, wide = math.sqrt(area * aspect), math.sqrt(area / aspect)
@@ -83,6 +84,7 @@ def best_output_size(image_size: Size, area: int, step: int = 32) -> Size:
 
     Raises SettingsError for an image too narrow to have such a size.
     """
+    _check_area(area)
     width, height = image_size
     ratio = width / height
     wide = (area * ratio) ** 0.5
@@ -107,6 +109,11 @@ def _not_empty(size: Size, image_size: Size) -> Size:
     if not all(size):
         raise SettingsError(_too_narrow(image_size))
     return size
+
+
+def _check_area(area: int) -> None:
+    if area < 1:
+        raise SettingsError("a video's width and height must be positive; give another --size")
 
 
 def _too_narrow(image_size: Size) -> str:

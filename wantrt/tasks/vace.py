@@ -61,10 +61,11 @@ def video_size_and_frames(
 
     `size` and `num_frames` are those asked for, else the variant's. Unless `frames_given`, the
     source's length rules, as far as it makes a video no longer than `num_frames` (with fit "area"
-    under the official convention: with no more tokens). Raises SettingsError for a source too
-    narrow to have a size.
+    under the official convention: with no more tokens). Raises SettingsError for frames that are
+    not 4n + 1 and for a source too narrow to have a size.
     """
     check_name("fit", fit, FITS)
+    check_frames(num_frames)
     length = num_frames if frames_given else source_frames
     if fit == "area" and convention != "diffusers":
         return _official_size(source_size, length, size[0] * size[1], num_frames)
