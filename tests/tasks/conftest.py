@@ -7,6 +7,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanVACEPipeline, WanVACETransformer3DModel
 
 from tests.models.oracle import Oracle
+from wantrt import config
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +16,24 @@ def oracle(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def oracle_2_2(tmp_path_factory):
+    """With the VAE of Wan 2.2, which TI2V has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "TASKS", (*config.TASKS, "ti2v"))  # TODO: drop once it is there
+        return Oracle(tmp_path_factory.mktemp("oracle"), "ti2v-5b")
+
+
+@pytest.fixture(scope="session")
 def encode(oracle):
+    return encoder_of(oracle)
+
+
+@pytest.fixture(scope="session")
+def encode_2_2(oracle_2_2):
+    return encoder_of(oracle_2_2)
+
+
+def encoder_of(oracle):
     """What tasks are given: pixels -> normalised latent."""
     vae = oracle.ours.load("vae", torch.float32)
 
@@ -28,7 +46,7 @@ def encode(oracle):
 
 
 @pytest.fixture(scope="session")
-def theirs(oracle):
+def theirs(oracle, oracle_2_2):
     vae = oracle.vae()
     nothing = dict.fromkeys(("tokenizer", "text_encoder", "scheduler"))
     transformer = WanVACETransformer3DModel(
@@ -42,6 +60,6 @@ def theirs(oracle):
     )
     return SimpleNamespace(
         i2v=WanImageToVideoPipeline(vae=vae, **nothing),
-        ti2v=WanImageToVideoPipeline(vae=vae, expand_timesteps=True, **nothing),
+        ti2v=WanImageToVideoPipeline(vae=oracle_2_2.vae(), expand_timesteps=True, **nothing),
         vace=WanVACEPipeline(vae=vae, transformer=transformer, **nothing),
     )

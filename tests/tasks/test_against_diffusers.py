@@ -19,7 +19,8 @@ def preprocess(pipe, image, size):
 @torch.inference_mode()
 def prepare(pipe, image, num_frames, size, last_image=None):
     width, height = size
-    noise = torch.zeros(1, 16, (num_frames - 1) // 4 + 1, height // 8, width // 8)
+    cell, z_dim = pipe.vae_scale_factor_spatial, pipe.vae.config.z_dim
+    noise = torch.zeros(1, z_dim, (num_frames - 1) // 4 + 1, height // cell, width // cell)
     return pipe.prepare_latents(
         preprocess(pipe, image, size),
         batch_size=1,
@@ -57,10 +58,12 @@ def test_flf2v(theirs, encode, last_size, num_frames):
     close(ours.channels, expected)
 
 
-def test_ti2v(theirs, encode):
+@pytest.mark.parametrize("size", [(64, 32), (96, 128)], ids=str)
+def test_ti2v(theirs, encode_2_2, size):
     image = picture(90, 50)
-    _, expected, mask = prepare(theirs.ti2v, image, 9, SIZE)
-    ours = ti2v.condition(image, SIZE, encode, "diffusers", "stretch")
+    _, expected, mask = prepare(theirs.ti2v, image, 9, size)
+    ours = ti2v.condition(image, size, encode_2_2, "diffusers", "stretch")
+    assert ours.first_frame.shape == (1, 48, 1, size[1] // 16, size[0] // 16)
     close(ours.first_frame, expected)
     assert mask[0, 0, :, 0, 0].tolist() == [0, 1, 1], "latent frame 0 alone is the image's"
 
