@@ -2,9 +2,9 @@
 
 TensorRT keeps an attention fused or fails to build it, unless its node allows decomposition. So it
 suffices to count, in the network that it parsed, the attentions that may not decompose: each block
-of a DiT has two and each layer of the text encoder one. How many there must be comes from the
-component, never from the graph that is being checked. The VAE has one head of 384 channels or more,
-for which no fused kernel exists; it is the known exception.
+of a DiT has two, three with an image, and each layer of the text and the image encoder one. How
+many there must be comes from the component, never from the graph that is being checked. The VAE has
+one head of 384 channels or more, for which no fused kernel exists; it is the known exception.
 """
 
 import logging
@@ -19,8 +19,9 @@ from wantrt.engines.network import attentions, is_decomposable
 from wantrt.engines.requests import is_float32
 from wantrt.errors import BuildError
 from wantrt.linked import refuse_other_names
+from wantrt.models.clip import ImageBlock
 from wantrt.models.components import Component
-from wantrt.models.dit import Block
+from wantrt.models.dit import CrossAttention, SelfAttention
 from wantrt.models.umt5 import TextLayer
 
 refuse_other_names(__spec__)
@@ -33,9 +34,9 @@ FUSED_KERNEL = re.compile(r"mha|flash|fused.?attention", re.IGNORECASE)
 def required_fusions(component: Component) -> int:
     """How many attentions of the component must be fused."""
     modules = list(component.module.modules())
-    blocks = sum(isinstance(module, Block) for module in modules)
-    layers = sum(isinstance(module, TextLayer) for module in modules)
-    return 2 * blocks + layers
+    attending = (SelfAttention, CrossAttention, TextLayer, ImageBlock)
+    with_image = (isinstance(m, CrossAttention) and hasattr(m, "image_kv") for m in modules)
+    return sum(isinstance(module, attending) for module in modules) + sum(with_image)
 
 
 def check_network(

@@ -7,13 +7,23 @@ import torch
 from torch import Tensor
 
 from wantrt.checkpoints.generate import GeneratedTensors
-from wantrt.config import DIT_NANO, TEXT_ENCODER_NANO, VAE_2_2, VAE_NANO
-from wantrt.models.components import Component, dit_components, text_components, vae_components
+from wantrt.config import DIT_NANO, TEXT_ENCODER_NANO, VAE_2_2, VAE_NANO, ImageEncoderConfig
+from wantrt.models.components import (
+    Component,
+    dit_components,
+    image_components,
+    text_components,
+    vae_components,
+)
 from wantrt.models.ops import TORCH_OPS, Ops
 
 TWO_ROWS = " with two rows"  # the stack and the head of a model whose tokens differ in noise level
 OF_2_2 = " of 2.2"  # the VAE with shortcuts along its stages
 VAE_SMALL_2_2 = replace(VAE_2_2, encoder_dim=8, decoder_dim=8, num_res_blocks=1)
+OF_CLIP = " of CLIP"  # which nano has not
+IMAGE_ENCODER_SMALL = ImageEncoderConfig(
+    image_size=56, dim=160, num_heads=2, ffn_dim=224, num_layers=2
+)
 NAMES = (
     "text_embed",
     "text_stack",
@@ -33,6 +43,7 @@ NAMES = (
     "vae_decoder_next" + OF_2_2,
     "vae_encoder_first" + OF_2_2,
     "vae_encoder_next" + OF_2_2,
+    "image_encoder" + OF_CLIP,
 )
 
 
@@ -41,6 +52,7 @@ def make_components(dtype: torch.dtype, ops: Ops = TORCH_OPS) -> dict[str, Compo
     two_rows = dit_components(DIT_NANO, dtype, stack=1, rows=2, ops=ops)
     variants = {c.name + TWO_ROWS: c for c in two_rows if c.name in ("dit_stack", "dit_head")}
     variants |= {c.name + OF_2_2: c for c in vae_components(VAE_SMALL_2_2, dtype, ops=ops)}
+    variants |= {c.name + OF_CLIP: c for c in image_components(IMAGE_ENCODER_SMALL, dtype, ops)}
     return {
         component.name: component
         for component in (
