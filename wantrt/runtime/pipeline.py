@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,10 +32,12 @@ from wantrt.bundle import Bundle
 from wantrt.config import Size, Variant, require_task
 from wantrt.device import CPUDevice, Device
 from wantrt.errors import CancelledError, ExecutionError, SettingsError
+from wantrt.images import Pixels
 from wantrt.media import Video
 from wantrt.names import check_name
 from wantrt.runtime.decoder import Decoder, to_frames
 from wantrt.runtime.denoiser import Denoiser, Stage, Transformer
+from wantrt.runtime.encoder import encode
 from wantrt.runtime.loading import RUNTIMES, Runtime, choose_for
 from wantrt.runtime.memory import PhaseMemory, check_memory, phases, predict, weights_alone
 from wantrt.runtime.parts import load_part
@@ -54,6 +56,9 @@ from wantrt.runtime.text import TextEncoder
 from wantrt.schedulers.grids import Grid, count_high_noise_steps, make_grid
 from wantrt.schedulers.noise import draw_noise
 from wantrt.session import Session
+from wantrt.tasks.clip_image import clip_pixels
+from wantrt.tasks.conditioning import Conditioning
+from wantrt.tasks.source import TAKES, make_conditioning
 
 log = logging.getLogger("wantrt")
 
@@ -88,7 +93,8 @@ class Pipeline:
         parts: Mapping[str, Part],
         residency: str = "resident",
     ) -> None:
-        """parts: "text_encoder", each expert and "vae", as the policy `residency` loads them."""
+        """parts: as the policy `residency` loads them. "text_encoder", each expert, "vae" (the
+        decoder), and where a task needs them "vae_encoder" and "image_encoder"."""
         variant, keep = bundle.variant, residency == "resident"
         self.bundle, self.runtime, self.device = bundle, runtime, device
         self.parts, self.residency = dict(parts), residency
@@ -139,14 +145,14 @@ class Pipeline:
         chosen = choose_for(loaded, runtime)
         device = chosen.make_device()
 
-        def part(name: str, runtime: Runtime, device: Device) -> Part:
+        def part(name: str, runtime: Runtime, device: Device, prefix: str = "") -> Part:
             def load() -> dict[str, Sequence[Session]]:
                 return load_part(
                     loaded,
                     name,
                     runtime,
                     device,
-                    prefix="vae_decoder" if name == "vae" else "",
+                    prefix=prefix,
                     streamed=residency == "stream" and runtime is chosen,
                     trust_plans=trust_plans,
                 )
@@ -154,6 +160,9 @@ class Pipeline:
             return Part(load, device, resident=residency == "resident")
 
         parts = {name: part(name, chosen, device) for name in loaded.precision}
+        parts["vae"] = part("vae", chosen, device, "vae_decoder")
+        if any(TAKES[variant.task]):
+            parts["vae_encoder"] = part("vae", chosen, device, "vae_encoder")
         if text_encoder_on == "cpu":
             parts["text_encoder"] = part("text_encoder", RUNTIMES["torch"], CPUDevice())
         pipe = cls(loaded, chosen, device, parts, residency)
@@ -210,9 +219,11 @@ class Pipeline:
 
         settings (all optional): negative_prompt, size (width, height), num_frames,
         num_inference_steps, guidance_scale, guidance_scale_2, flow_shift, solver, convention, seed,
-        noise; or `prompt` is what `resolve` returned. init_latents: [1, C, F, H, W] in the place of
-        the noise. callback: called with `Progress` after every piece of work; returning False
-        cancels (CancelledError). timings: filled with seconds by phase.
+        noise, and what the task takes: image, last_image, video, mask, reference_images (paths, PIL
+        images or arrays), fit, context_scale; or `prompt` is what `resolve` returned. init_latents:
+        [1, C, F, H, W] in the place of the noise. callback: called with `Progress` after every
+        piece of work; returning False cancels (CancelledError). timings: filled with seconds by
+        phase.
         """
         resolved = self._settings(prompt, settings)
         return self._generate(resolved, init_latents, callback, timings)
@@ -297,6 +308,9 @@ class Pipeline:
                 embeds = self._embed(settings, report)
                 self.parts["text_encoder"].leave()
                 clock.lap("text_s")
+                conditioning = self._condition(settings)
+                if settings.source.names:
+                    clock.lap("encode_s")
                 latent = noise
                 steps = self.denoiser.run(
                     self._stages(settings, grid),
@@ -305,6 +319,7 @@ class Pipeline:
                     noise,
                     embeds[:1],
                     embeds[1:],
+                    conditioning,
                 )
                 for done, latent in enumerate(steps, 1):
                     report("denoise", done, settings.num_inference_steps, latent)
@@ -313,6 +328,7 @@ class Pipeline:
                         "the latents became NaN or infinite while denoising. Are the weights "
                         f"sound? wantrt verify --bundle {self.bundle.path}"
                     )
+                latent = latent[:, :, conditioning.reference_frames :]
                 clock.lap("denoise_s")
             total = latent.shape[2]
             with torch.inference_mode(), self.device.stream():
@@ -336,7 +352,7 @@ class Pipeline:
 
     def _check_memory(self, settings: Settings) -> None:
         """Raises SettingsError before a first generation of a size that will not fit."""
-        asked = (settings.size, settings.num_frames)
+        asked = (settings.size, settings.denoised_frames(self.variant))
         if asked in self._fitting:
             return
         needed = self._phases(*asked)
@@ -361,9 +377,8 @@ class Pipeline:
         for sessions in (self.parts["vae"][name] for name in VAE_DECODER):
             _prepare_sessions(sessions, cells)
         for expert, scale in zip(self.variant.experts, settings.guidance_scales, strict=True):
-            symbols = dit_symbols(
-                self.variant, settings.size, settings.num_frames, guided=scale != 1.0
-            )
+            frames = settings.denoised_frames(self.variant)
+            symbols = dit_symbols(self.variant, settings.size, frames, guided=scale != 1.0)
             for sessions in (self.parts[expert.name][name] for name in DIT_STEP):
                 _prepare_sessions(sessions, symbols)
 
@@ -406,6 +421,36 @@ class Pipeline:
         prompts = [settings.prompt] + ([settings.negative_prompt] if guided else [])
         embeds = self.text_encoder.encode(prompts, lambda done, total: report("text", done, total))
         return embeds.to(self.device.torch_device)
+
+    def _condition(self, settings: Settings) -> Conditioning:
+        """What the source of a generation gives to the denoising loop."""
+        source, config = settings.source, self.variant.vae
+        encoder: Mapping[str, Sequence[Session]] = self.parts.get("vae_encoder", {})
+
+        def encode_images(images: Sequence[Pixels]) -> Tensor:
+            """One after the other: a plan of the encoder is for one image."""
+            size = self.parts["image_encoder"]["image_encoder"][0].inputs["pixels"].shape[-1]
+            rows = []
+            for pixels in clip_pixels(images, settings.convention, int(size)).split(1):
+                given = {"pixels": pixels.to(self.device.torch_device)}
+                (session,) = self.parts["image_encoder"]["image_encoder"]
+                rows.append(session.run(given)["features"].clone())
+            self.parts["image_encoder"].leave()
+            return torch.cat(rows, dim=1)
+
+        made = make_conditioning(
+            self.variant,
+            source,
+            settings.size,
+            settings.num_frames,
+            settings.fit,
+            settings.convention,
+            lambda pixels: encode(config, encoder, self.device, pixels),
+            encode_images,
+        )
+        if "vae_encoder" in self.parts:
+            self.parts["vae_encoder"].leave()
+        return replace(made, vace_scale=settings.context_scale)
 
     def _stages(self, settings: Settings, grid: Grid) -> list[Stage]:
         """Each expert with the steps it serves."""

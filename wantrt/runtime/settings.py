@@ -9,13 +9,14 @@ import logging
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wantrt.config import Size, Variant
 from wantrt.errors import SettingsError
 from wantrt.names import check_name
 from wantrt.schedulers.grids import CONVENTIONS, SOLVERS, make_grid
+from wantrt.tasks.source import NO_SOURCE, Source, choose_size
 
 log = logging.getLogger("wantrt")
 
@@ -44,20 +45,28 @@ class Settings:
     convention: str
     seed: int
     noise: str  # the device whose generator draws the noise: "cpu" or "cuda"
+    fit: str | None = None  # how an image or a video is brought to the size
+    context_scale: float = 1.0  # how strongly a controlling video steers (VACE)
+    source: Source = NO_SOURCE
 
     def latent_shape(self, variant: Variant) -> tuple[int, int, int, int]:
-        """(C, F, H, W) in latent cells."""
+        """(C, F, H, W) in latent cells of what is denoised; references come before the video."""
         width, height = self.size
         vae = variant.vae
         return (
             vae.z_dim,
-            (self.num_frames - 1) // vae.temporal_stride + 1,
+            (self.num_frames - 1) // vae.temporal_stride + 1 + len(self.source.references),
             height // vae.spatial_stride,
             width // vae.spatial_stride,
         )
 
+    def denoised_frames(self, variant: Variant) -> int:
+        """Frames of a video whose latent is what is denoised: VACE's references add to it."""
+        return self.num_frames + len(self.source.references) * variant.vae.temporal_stride
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; of the source, the names of its files."""
+        return {**asdict(replace(self, source=NO_SOURCE)), "source": dict(self.source.names)}
 
 
 def resolve(
@@ -76,20 +85,24 @@ def resolve(
     convention: str = "official",
     seed: int | None = None,
     noise: str = "cpu",
+    fit: str | None = None,
+    context_scale: float | None = None,
+    source: Source = NO_SOURCE,
 ) -> Settings:
     """Complete and check the settings of one generation.
 
-    `recorded` is the bundle's ``settings``, which may hold a ``scheduler_config``. Raises
-    SettingsError with the nearest valid values.
+    source: what `open_source` gave. `recorded` is the bundle's ``settings``, which may hold a
+    ``scheduler_config``. Raises SettingsError with the nearest valid values.
     """
     check_name("convention", convention, CONVENTIONS)
     check_name("noise device", noise, ("cpu", "cuda"))
-    size = size or variant.size
-    num_frames = variant.num_frames if num_frames is None else num_frames
+    size, num_frames, fit = choose_size(variant, source, size, num_frames, fit, convention)
     check_size(variant, size)
     check_frames(variant, num_frames)
     if not prompt.strip():
         log.warning("the prompt is empty: the video will show anything")
+    if context_scale is not None and variant.task != "vace":
+        raise SettingsError(f"context_scale is for VACE models; {variant.name} is none")
     if guidance_scale_2 is not None and len(variant.experts) == 1:
         raise SettingsError(
             f"guidance_scale_2 is for the low-noise expert; {variant.name} has one expert"
@@ -120,8 +133,13 @@ def resolve(
         convention=convention,
         seed=secrets.randbelow(2**32) if seed is None else seed,
         noise=noise,
+        fit=fit,
+        context_scale=1.0 if context_scale is None else float(context_scale),
+        source=source,
     )
     make_grid(solver, convention, settings.num_inference_steps, settings.flow_shift)  # it checks
+    if not math.isfinite(settings.context_scale):
+        raise SettingsError(f"context_scale is {context_scale}; use a finite number (1 is usual)")
     if not all(map(math.isfinite, settings.guidance_scales)):
         raise SettingsError(f"guidance is {settings.guidance_scales}; use finite numbers (Wan: 5)")
     if not 0 <= settings.seed < 2**64:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from wantrt.bundle import Bundle
-from wantrt.config import GUIDANCE_BATCH_TOKENS, Size, Variant
+from wantrt.config import GUIDANCE_BATCH_TOKENS, Size, Variant, require_task
 from wantrt.errors import SettingsError
 from wantrt.pieces import read_log, variant_to_ask
 from wantrt.runtime.settings import Settings, resolve
+from wantrt.tasks.source import INPUTS, open_source
 
 DIT_STEP = ("dit_patch", "dit_stack", "dit_head")  # what runs at the size of the video
 VAE_DECODER = ("vae_decoder_first", "vae_decoder_next")
@@ -51,12 +52,16 @@ def _video(variant: Variant, symbols: Mapping[str, int]) -> tuple[Size, int]:
 
 
 def resolve_for(bundle: Bundle, runtime: str, *, prompt: str, **settings: Any) -> Settings:
-    """`wantrt.runtime.settings.resolve` for a bundle on a runtime.
+    """`wantrt.runtime.settings.resolve` for a bundle on a runtime, and `open_source` before it.
 
     The default size is the variant's; where plans do not serve that, it is the first one that they
-    serve. Raises SettingsError with what would do.
+    serve. With plans, a source is fitted to one of their sizes. Raises SettingsError with what
+    would do, MediaError.
     """
     variant = bundle.variant
+    require_task(variant.task, variant.name)
+    given = {name: settings.pop(name) for name in INPUTS if name in settings}
+    source = open_source(variant, **given)
     size, frames = settings.pop("size", None), settings.pop("num_frames", None)
     choices = [served.smallest for served in served_sizes(bundle, runtime)]
     defaults = (size or variant.size, variant.num_frames if frames is None else frames)
@@ -65,12 +70,15 @@ def resolve_for(bundle: Bundle, runtime: str, *, prompt: str, **settings: Any) -
             if size in (None, its_size) and frames in (None, its_frames):
                 defaults = its_size, its_frames
                 break
+    if choices:
+        size, frames = defaults
     resolved = resolve(
         variant,
         bundle.settings,
         prompt=prompt,
-        size=defaults[0],
-        num_frames=defaults[1],
+        size=size,
+        num_frames=frames,
+        source=source,
         **settings,
     )
     check_served(bundle, runtime, resolved)
@@ -80,7 +88,8 @@ def resolve_for(bundle: Bundle, runtime: str, *, prompt: str, **settings: Any) -
 def check_served(bundle: Bundle, runtime: str, settings: Settings) -> None:
     """Raises SettingsError with the sizes that are served and the command that adds this one."""
     guided = any(scale != 1.0 for scale in settings.guidance_scales)
-    if _is_served(bundle, runtime, settings.size, settings.num_frames, guided):
+    frames = settings.denoised_frames(bundle.variant)
+    if _is_served(bundle, runtime, settings.size, frames, guided):
         return
     width, height = settings.size
     served = "; ".join(map(str, served_sizes(bundle, runtime))) or "others"
@@ -89,9 +98,9 @@ def check_served(bundle: Bundle, runtime: str, settings: Settings) -> None:
     variant = f" --variant {name}" if (name := variant_to_ask(bundle.variant, log)) else ""
     raise SettingsError(
         f"the {runtime} plans of {bundle.path} do not serve {width}x{height} with "
-        f"{settings.num_frames} frames{' and guidance' if guided else ''}. They serve {served}.\n"
+        f"{frames} frames{' and guidance' if guided else ''}. They serve {served}.\n"
         f"Add it with: wantrt build{variant}{source} --out {bundle.path} --runtime {runtime} "
-        f"--size {width}x{height} --frames {settings.num_frames}"
+        f"--size {width}x{height} --frames {frames}"
     )
 
 
@@ -132,4 +141,5 @@ def dit_symbols(variant: Variant, size: Size, num_frames: int, guided: bool) -> 
     symbols = {"F": frames, "h": height // variant.size_step, "w": width // variant.size_step}
     tokens = symbols["F"] * symbols["h"] * symbols["w"]
     batch = 2 if guided and tokens <= GUIDANCE_BATCH_TOKENS else 1
-    return {**symbols, "L": tokens, "B": batch}
+    images = {"N": variant.image_rows} if variant.image_rows else {}
+    return {**symbols, **images, "L": tokens, "B": batch}
