@@ -59,8 +59,12 @@ def kernel_ops() -> Ops:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """See `wantrt.models.ops.attention`. The order of preference holds in here alone."""
-    with sdpa_kernel(ATTENTIONS, set_priority=True):
+    """See `wantrt.models.ops.attention`. The order of preference holds in here alone.
+
+    A bias is the text encoder's, whose attention is small: its layout is no matter for cuDNN.
+    """
+    backends = ATTENTIONS if bias is None else ATTENTIONS[1:]
+    with sdpa_kernel(backends, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
