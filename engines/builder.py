@@ -22,6 +22,7 @@ from wantrt.engines.network import (
     allow_decomposition,
     fill_sizes,
     read_graph,
+    separate_queries,
     turn_into_constants,
     turn_into_plugins,
 )
@@ -104,6 +105,7 @@ def _parse(
     model = read_graph(request.graph)
     fill_sizes(model, {**component.inputs, **component.outputs}, request.symbols)
     allow_decomposition(model)
+    separate_queries(model)
     turn_into_constants(model, request.baked)
     if request.plugins:
         _use_plugins(component, model)

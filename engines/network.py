@@ -67,6 +67,29 @@ def allow_decomposition(model: onnx.ModelProto) -> None:
             node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
 
 
+def separate_queries(model: onnx.ModelProto) -> None:
+    """Give every attention queries of its own, where a second one takes the same (text and image).
+
+    TensorRT-RTX 1.7 crashes on two attentions to one tensor of queries. Only arithmetic keeps two
+    apart, so zero is added to the second's; TensorRT finds and merges copies.
+    TODO: drop once test_two_attentions_of_the_same_queries passes without.
+    """
+    taken: set[str] = set()
+    for node in attentions(model):
+        query = node.input[0]
+        if query in taken:
+            index = list(model.graph.node).index(node)
+            zero, own = f"{node.name}_zero", f"{node.name}_query"
+            model.graph.initializer.append(
+                helper.make_tensor(f"{zero}_float", TensorProto.FLOAT, [], [0.0])
+            )
+            model.graph.node.insert(index, helper.make_node("Add", [query, zero], [own]))
+            cast = helper.make_node("CastLike", [f"{zero}_float", query], [zero])
+            model.graph.node.insert(index, cast)
+            node.input[0] = own
+        taken.add(query)
+
+
 def turn_into_plugins(model: onnx.ModelProto, names: Collection[str]) -> list[str]:
     """Let nodes of these types be plugins: they lose their definition. Returns their types.
 

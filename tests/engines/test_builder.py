@@ -10,13 +10,15 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from tests.engines.plans import components, make_request, shapes, variants
-from tests.export.components import NAMES
+from tests.export.components import NAMES, make_inputs, make_weights
 from wantrt.config import DIT_14B, DIT_NANO, DiTConfig
 from wantrt.engines.requests import has_no_kernels
 from wantrt.errors import BuildError, CancelledError
+from wantrt.export.graph import export_graph
 from wantrt.export.ops import ONNX_OPS
 from wantrt.models.components import Component, dit_components
 
@@ -26,7 +28,7 @@ import wantrt.engines.builder as builder
 from wantrt.engines.builder import build_plan, timing_cache_path
 from wantrt.engines.flavours import find_flavour
 from wantrt.engines.fusion import required_fusions
-from wantrt.engines.network import fill_sizes, read_graph
+from wantrt.engines.network import attentions, fill_sizes, read_graph, separate_queries
 
 STATIC = {"B": (2, 2, 2), "L": (24, 24, 24)}
 REDUCED = tuple(name for name in NAMES if " " not in name)
@@ -179,6 +181,33 @@ def test_what_must_be_fused_is_known_from_the_component():
         ("reduced", "text_stack"): 2,
         ("reduced", "dit_stack"): 4,
     }
+
+
+@pytest.mark.parametrize("rows", ["N", 34], ids=["I2V", "FLF2V"])
+def test_two_attentions_of_the_same_queries(flavour, tmp_path, rows):
+    """Of text and of image: `separate_queries` says what happens to TensorRT-RTX without it."""
+    positions = None if rows == "N" else rows
+    block = dit_stack(replace(DIT_NANO, image_dim=160, image_positions=positions))
+    assert block.inputs["image_context"].shape == ("B", rows, DIT_NANO.dim)
+    assert required_fusions(block) == 3
+    for symbols in (STATIC, {"B": (2, 2, 2), "L": (16, 24, 48)}):
+        images = {} if positions else {"N": (17, 17, 17)}
+        build_plan(flavour, make_request(block, tmp_path, {**symbols, **images}))
+
+
+def test_queries_of_their_own_change_nothing():
+    block = dit_stack(replace(DIT_NANO, image_dim=160), torch.float32)
+    model = export_graph(block)
+    sizes = {"B": 2, "L": 8, "N": 5}
+    given = {**make_inputs(block, sizes), **make_weights(block)}
+    feeds = {name: given[name].numpy() for name in (value.name for value in model.graph.input)}
+    expected = ReferenceEvaluator(model).run(None, feeds)
+    separate_queries(model)
+    onnx.checker.check_model(model)
+    queries = [node.input[0] for node in attentions(model)]
+    assert len(queries) == len(set(queries)) == 3
+    (actual,) = ReferenceEvaluator(model).run(None, feeds)
+    assert (actual == expected[0]).all()
 
 
 @pytest.mark.parametrize("count", [1, 2])
