@@ -73,7 +73,7 @@ def plan_shapes(
         typical = min(TYPICAL_PROMPT, text_len)
         return [Shapes("", {"B": (1, 1, 1), "S": (1, typical, text_len)})]
     if component_name == "image_encoder":
-        return [Shapes("", {"B": (variant.num_images,) * 3})]
+        return [Shapes("", {"B": (1, 1, 1)})]  # images run one after the other
     if component_name == "dit_time":
         return [Shapes("", {"T": (1, variant.num_inference_steps, LONGEST_SCHEDULE)})]
     if component_name == "dit_condition":

@@ -197,16 +197,15 @@ def _text_bytes(variant: Variant, element: int) -> tuple[int, int]:
 
 
 def _image_bytes(variant: Variant, component: Component, element: int) -> tuple[int, int]:
-    """Scratch and buffers of all images together."""
+    """Scratch of an image, and buffers of all, which run one after the other."""
     config = variant.image_encoder
     assert config is not None
-    tokens = variant.image_rows or 0
-    scores = config.num_heads * tokens * config.num_tokens * 4
+    tokens = config.num_tokens
+    scores = config.num_heads * tokens * tokens * 4
     wide = max(4 * config.dim, 2 * config.ffn_dim)
     hidden = tokens * config.dim * 4
-    symbols = {"B": tokens // config.num_tokens}
     specs = (*component.inputs.values(), *component.outputs.values())
-    buffers = sum(_nbytes(spec, symbols) for spec in specs)
+    buffers = sum(_nbytes(spec, {"B": variant.num_images}) for spec in specs)
     return scores + tokens * wide * element + 2 * hidden, buffers
 
 

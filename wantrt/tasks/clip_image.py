@@ -18,16 +18,14 @@ from wantrt.models.clip import IMAGE_MEAN, IMAGE_STD
 from wantrt.names import check_name
 from wantrt.tasks.fitting import centre_crop, size_of, to_tensor
 
-CONVENTIONS = ("official", "diffusers")
-
 
 def clip_pixels(
     images: Sequence[Pixels], convention: str = "official", image_size: int = 224
 ) -> Tensor:
     """Images uint8 [H, W, 3], each of its own size -> float32 [B, 3, image_size, image_size]."""
-    check_name("convention", convention, CONVENTIONS)
-    fit = squeeze if convention == "official" else cover
-    return normalise(torch.stack([fit(image, image_size) for image in images]))
+    ways = {"official": squeeze, "diffusers": cover}
+    check_name("convention", convention, ways)
+    return normalise(torch.stack([ways[convention](image, image_size) for image in images]))
 
 
 def squeeze(image: Pixels, image_size: int) -> Tensor:
