@@ -373,7 +373,7 @@ def test_bad_input_is_refused_before_any_work(
 def test_a_build_without_plans_does_not_delete_those_of_a_bundle(folder: Path) -> None:
     before = contents(folder)
     options = {"runtime": "onnxruntime", "targets": (), "sizes": (), "frames": ()}
-    with pytest.raises(BuildError, match="plans, which this build would delete.*--runtime"):
+    with pytest.raises(BuildError, match=r"plans, which this build would delete.*--runtime"):
         planned(folder, **options).run()
     assert contents(folder) == before
 

@@ -105,7 +105,7 @@ def test_info_lists_machine_runtimes_and_variants(wantrt) -> None:
     assert max(map(len, text.splitlines())) <= 100
     about = wantrt("info", "--json").json
     today = {name for name, row in about["variants"].items() if row["today"] == "works"}
-    assert today == {"t2v-1.3b", "t2v-14b", "t2v-a14b", "nano"}
+    assert set(VARIANTS) - today == {"s2v-14b", "animate-14b"}
     assert about["machine"]["threads"] >= 1
 
 
@@ -158,8 +158,8 @@ def test_build_prints_where_the_bundle_is(wantrt, tmp_path: Path) -> None:
     "arguments, message",
     [
         (["--variant", "t2v-15b"], "did you mean"),
-        (["--variant", "i2v-a14b"], "not there yet"),
-        (["--variant", "i2v-14b-480p", "--checkpoint", "random:0"], "i2v"),
+        (["--variant", "s2v-14b"], "not there yet"),
+        (["--variant", "animate-14b", "--checkpoint", "random:0"], "animate"),
         (["--variant", "nano", "--runtime", "tensorrt"], "tensorrt"),
         (["--variant", "nano", "--runtime", "torchh"], "did you mean torch"),
         (["--variant", "nano", "--precision", "fp8"], "not there yet"),

@@ -83,7 +83,6 @@ def test_rows_have_the_published_numbers(name: str) -> None:
 
 def test_what_only_some_variants_have() -> None:
     assert VARIANTS["flf2v-14b"].experts[0].dit.image_positions == 514
-    assert VARIANTS["flf2v-14b"].frames_fixed
     assert VARIANTS["vace-1.3b"].experts[0].dit.vace_layers == tuple(range(0, 30, 2))
     assert VARIANTS["vace-14b"].experts[0].dit.vace_layers == tuple(range(0, 40, 5))
     assert len(VARIANTS["s2v-14b"].experts[0].dit.audio_layers) == 12

@@ -148,7 +148,6 @@ class Variant:
     solver: str = "unipc"
     negative_prompt: str = ""
     flow_shift_by_size: tuple[tuple[Size, float], ...] = ()
-    frames_fixed: bool = False  # the task serves exactly `num_frames`
     vae_file: str = "Wan2.1_VAE.pth"
 
     @property
@@ -392,7 +391,6 @@ VARIANTS: dict[str, Variant] = {
             image_encoder=ImageEncoderConfig(),
             sizes=SIZES_720P + SIZES_480P,
             num_frames=81,
-            frames_fixed=True,
             fps=16,
             num_inference_steps=50,
             flow_shift=16.0,
@@ -536,7 +534,8 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-TASKS = ("t2v",)  # that work today; what each does before the loop is in wantrt/tasks
+# That work today; what each takes, and does before the loop, is in wantrt/tasks.
+TASKS = ("t2v", "i2v", "flf2v", "ti2v", "vace")
 
 
 def find_variant(name: str) -> Variant:

@@ -25,6 +25,13 @@ SETTINGS: dict[
     "convention": ("convention", str),
     "seed": ("seed", int),
     "noise": ("noise", str),
+    "fit": ("fit", str),
+    "context_scale": ("context_scale", float),
+    "image": ("image", str),
+    "last_image": ("last_image", str),
+    "video": ("video", str),
+    "mask": ("mask", str),
+    "reference_images": ("reference_images", list),
 }
 FILES = ("latents", "init_latents")
 

@@ -56,7 +56,7 @@ def test_other_dimensions_make_a_custom_variant(tmp_path):
     assert checkpoint.variant.experts[0].dit == make_small().variant.experts[0].dit
 
 
-@pytest.mark.parametrize("variant", ["i2v-14b-480p", "ti2v-5b", "s2v-14b"])
+@pytest.mark.parametrize("variant", ["s2v-14b", "animate-14b"])
 def test_tasks_that_are_not_there_yet_say_so_in_one_line(variant):
     with pytest.raises(UnsupportedTaskError) as error:
         open_checkpoint("random:0", variant)
@@ -74,7 +74,8 @@ def test_tasks_that_are_not_there_yet_say_so_in_one_line(variant):
         ("diffusers", "model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "i2v"),
     ],
 )
-def test_the_task_is_read_from_the_files(tmp_path, layout, name, change, task):
+def test_the_task_is_read_from_the_files(tmp_path, monkeypatch, layout, name, change, task):
+    monkeypatch.setattr("wantrt.config.TASKS", ())  # the refusal says which task it would be
     path = write_small(tmp_path, layout) / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UnsupportedTaskError, match=f"task {task} is not there yet"):

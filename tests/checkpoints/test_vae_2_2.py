@@ -9,7 +9,6 @@ import torch
 
 from tests.checkpoints.small import make_small, write_small
 from tests.checkpoints.test_names import shapes_of
-from wantrt import config
 from wantrt.checkpoints import open_checkpoint
 from wantrt.checkpoints.configs import Fields, diffusers_vae, official_vae
 from wantrt.checkpoints.layouts import diffusers_vae_config, model_index
@@ -20,11 +19,6 @@ from wantrt.errors import CheckpointError
 
 LAYOUTS = ["official", "diffusers"]
 TI2V = VARIANTS["ti2v-5b"]
-
-
-@pytest.fixture(autouse=True)
-def ti2v(monkeypatch):
-    monkeypatch.setattr(config, "TASKS", (*config.TASKS, "ti2v"))  # TODO: drop once it is there
 
 
 @pytest.mark.parametrize("vae", [VAE_2_1, VAE_2_2], ids=["2.1", "2.2"])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.models.oracle import Oracle, cosine, relative_error
-from wantrt import config
 from wantrt.config import VAE_2_1, VAE_2_2
 from wantrt.models.components import vae_components
 from wantrt.models.folding import average_down, duplicate_up, patchify, unpatchify
@@ -16,9 +15,7 @@ SIZES = [(1, 1, 1), (2, 3, 5), (3, 7, 2), (4, 3, 1)]  # latent frames, height, w
 @pytest.fixture(scope="module", params=["t2v-1.3b", "ti2v-5b"])
 def oracle(request, tmp_path_factory):
     """The 2.1 and the 2.2 VAE."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "TASKS", (*config.TASKS, "ti2v"))  # TODO: drop once it is there
-        return Oracle(tmp_path_factory.mktemp("oracle"), request.param)
+    return Oracle(tmp_path_factory.mktemp("oracle"), request.param)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanVACEPipeline, WanVACETransformer3DModel
 
 from tests.models.oracle import Oracle
-from wantrt import config
 
 
 @pytest.fixture(scope="session")
@@ -18,9 +17,7 @@ def oracle(tmp_path_factory):
 @pytest.fixture(scope="session")
 def oracle_2_2(tmp_path_factory):
     """With the VAE of Wan 2.2, which TI2V has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "TASKS", (*config.TASKS, "ti2v"))  # TODO: drop once it is there
-        return Oracle(tmp_path_factory.mktemp("oracle"), "ti2v-5b")
+    return Oracle(tmp_path_factory.mktemp("oracle"), "ti2v-5b")
 
 
 @pytest.fixture(scope="session")

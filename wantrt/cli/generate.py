@@ -24,6 +24,26 @@ if TYPE_CHECKING:
     help="tensorrt, tensorrt-rtx, onnxruntime or torch.",
 )
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.")
+@click.option("--image", metavar="FILE", help="The first frame (I2V, FLF2V, TI2V).")
+@click.option("--last-image", metavar="FILE", help="The last frame (FLF2V).")
+@click.option("--video", metavar="PATH", help="What steers: a file or a folder of frames (VACE).")
+@click.option(
+    "--mask", metavar="PATH", help="White: made anew. A video, a folder or one image (VACE)."
+)
+@click.option(
+    "--reference-image",
+    "reference_images",
+    metavar="FILE",
+    multiple=True,
+    help="What shall appear; may be repeated (VACE).",
+)
+@click.option("--context-scale", type=float, metavar="X", help="How strongly VACE steers.")
+@click.option(
+    "--fit",
+    metavar="WAY",
+    help="How an image or a video is brought to the size: crop, pad or stretch; area: the size "
+    "follows it. [default: area; crop with --size]",
+)
 @click.option(
     "--size",
     metavar="WxH",
@@ -98,7 +118,7 @@ def generate(
     from wantrt.bundle import Bundle
     from wantrt.jobs import Job, read_prompts
 
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value not in (None, ())}
     jobs: list[Job | WantrtError] = [Job(prompt or "", given, out, latents, init_latents)]
     if prompts is not None:
         jobs = [with_defaults(job, given) for job in read_prompts(prompts)]

@@ -171,8 +171,6 @@ def check_size(variant: Variant, size: Size) -> None:
 def check_frames(variant: Variant, num_frames: int) -> None:
     """Frames: one, and then whole groups of the VAE's temporal stride."""
     stride = variant.vae.temporal_stride
-    if variant.frames_fixed and num_frames != variant.num_frames:
-        raise SettingsError(f"{variant.name} makes {variant.num_frames} frames, not {num_frames}")
     largest = (MAX_AXIS - 1) * stride + 1
     if 1 <= num_frames <= largest and (num_frames - 1) % stride == 0:
         return
