@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.checkpoints.test_names import shapes_of
-from wantrt import config
 from wantrt.build import plan_build
 from wantrt.checkpoints import open_checkpoint
 from wantrt.checkpoints.configs import Fields, diffusers_image_encoder, official_image_encoder
@@ -38,15 +37,8 @@ LAYOUTS = ["official", "diffusers"]
 WRITERS = {"official": write_official, "diffusers": write_diffusers}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def tasks():
-    with pytest.MonkeyPatch.context() as patch:  # TODO: drop once they are there
-        patch.setattr(config, "TASKS", (*config.TASKS, "i2v", "flf2v"))
-        yield
-
-
 @pytest.fixture(scope="module")
-def masters(tmp_path_factory, tasks):
+def masters(tmp_path_factory):
     """variant, layout -> a folder that stays as it is."""
     folders = {}
     for variant in ("i2v-14b-480p", "flf2v-14b"):

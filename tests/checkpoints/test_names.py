@@ -3,9 +3,10 @@
 from functools import cache
 from math import prod
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wantrt.checkpoints.checkpoint import Part, part_configs
@@ -18,12 +19,24 @@ from wantrt.checkpoints.layouts import (
 )
 from wantrt.config import VARIANTS
 
-ROWS = [VARIANTS[name] for name in ("t2v-1.3b", "t2v-14b", "ti2v-5b", "nano")]  # A14B: two of 14B
+ROWS = [  # those that differ: the experts of A14B are two of 14B
+    VARIANTS[name]
+    for name in (
+        *("t2v-1.3b", "t2v-14b", "i2v-14b-480p", "flf2v-14b", "vace-1.3b", "vace-14b"),
+        *("i2v-a14b", "ti2v-5b", "nano"),
+    )
+]
 PUBLISHED = {  # variant -> part -> (stored tensors, parameters)
     "t2v-1.3b": {"transformer": (825, 1_418_996_800)},
     "t2v-14b": {"transformer": (1095, 14_288_491_584)},
+    "i2v-14b-480p": {"transformer": (1303, 16_394_878_784)},
+    "i2v-14b-720p": {"transformer": (1303, 16_394_878_784)},
+    "flf2v-14b": {"transformer": (1304, 16_395_536_704)},
+    "vace-1.3b": {"transformer": (1264, 2_153_972_032)},
+    "vace-14b": {"transformer": (1331, 17_337_592_896)},
     "ti2v-5b": {"transformer": (825, 4_999_787_712), "vae": (196, 704_688_668)},
     "t2v-a14b": {"high_noise": (1095, 14_288_491_584), "low_noise": (1095, 14_288_491_584)},
+    "i2v-a14b": {"high_noise": (1095, 14_288_901_184), "low_noise": (1095, 14_288_901_184)},
 }
 ENCODERS = {"text_encoder": (242, 5_680_910_336), "vae": (194, 126_892_531)}
 
@@ -57,7 +70,7 @@ def test_diffusers_names_and_shapes_are_those_of_its_modules(variant):
     dit = diffusers_dit_config(variant.experts[0].dit)
     with torch.device("meta"):
         theirs = {
-            variant.experts[0].name: WanTransformer3DModel.from_config(dit),
+            variant.experts[0].name: getattr(diffusers, dit["_class_name"]).from_config(dit),
             "vae": AutoencoderKLWan.from_config(diffusers_vae_config(variant.vae)),
             "text_encoder": UMT5EncoderModel(
                 UMT5Config(**diffusers_text_config(variant.text_encoder))

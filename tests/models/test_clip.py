@@ -7,7 +7,6 @@ import torch
 from transformers import CLIPVisionModel
 
 from tests.models.oracle import cosine, relative_error
-from wantrt import config
 from wantrt.checkpoints import open_checkpoint
 from wantrt.checkpoints.checkpoint import meta_module
 from wantrt.checkpoints.layouts import write_diffusers, write_official
@@ -28,12 +27,10 @@ LAYOUTS = ["official", "diffusers"]
 def folder(tmp_path_factory):
     """The same weights in both layouts."""
     folder = tmp_path_factory.mktemp("clip")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "TASKS", (*config.TASKS, "i2v"))  # TODO: drop once it is there
-        made = open_checkpoint(SMALL, "i2v-14b-480p")
-        write_official(made, folder / "official")
-        write_diffusers(made, folder / "diffusers")
-        yield folder
+    made = open_checkpoint(SMALL, "i2v-14b-480p")
+    write_official(made, folder / "official")
+    write_diffusers(made, folder / "diffusers")
+    return folder
 
 
 @cache
