@@ -34,7 +34,7 @@ def write_receipt(asked: Mapping[str, object]) -> str | None:
     source = _find_source(asked)
     if source is None:
         return None
-    files = _stamps(Path(source)) if Path(source).is_dir() else {}
+    files = _stamps(Path(source)) if os.path.isdir(source) else {}
     if not files and not source.startswith("random:"):
         return None
     content = {
@@ -67,7 +67,7 @@ def _find_source(asked: Mapping[str, object]) -> str | None:
         source = str(NANO) if variant.name == "nano" else variant.repo_id or ""
     if not source:
         return None
-    if source.startswith("random:") or Path(source).is_dir():
+    if source.startswith("random:") or os.path.isdir(source):
         return source
     from huggingface_hub import snapshot_download
 

@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import isfinite, prod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from wantrt.bundle import Bundle
 from wantrt.checkpoints import Checkpoint, open_checkpoint
-from wantrt.config import DiTConfig, Size, TextEncoderConfig
+from wantrt.config import DiTConfig, Size, TextEncoderConfig, Variant
 from wantrt.device import Device
 from wantrt.errors import BundleError, CancelledError
 from wantrt.folder import Progress, silent
@@ -35,6 +37,7 @@ from wantrt.runtime.residency import Part
 from wantrt.runtime.sizes import served_sizes
 from wantrt.runtime.torch_session import TorchSession, load_sessions
 from wantrt.session import Range, Session, Tensors
+from wantrt.tasks.source import TAKES
 
 SYMBOLS = {"B": 2, "S": 11, "N": 7, "T": 3, "F": 2, "h": 3, "w": 5, "L": 30}  # odd; L = F·h·w
 PROMPT = "a red circle moves right"
@@ -273,6 +276,8 @@ def make_inputs(
 ) -> dict[str, Tensor]:
     """Inputs of ordinary size, always the same, in the dtypes that it takes."""
     generator = torch.Generator().manual_seed(0)
+    if isinstance(config, DiTConfig) and config.image_positions is not None:
+        symbols = {**symbols, "N": config.image_positions}
     inputs = {}
     for name, spec in component.inputs.items():
         shape = spec.concrete(symbols)
@@ -298,6 +303,8 @@ def _table(
             mask[-1, -3:] = 0
             return mask
     if isinstance(config, DiTConfig):
+        if name == "token_row":
+            return torch.arange(shape[0]) % 2
         if name == "sinusoid":
             return timestep_sinusoid(torch.linspace(999, 1, shape[0]), config.freq_dim)
         if name in ("cos", "sin"):
@@ -376,20 +383,43 @@ def _latents(
             num_inference_steps=steps,
             seed=0,
             callback=keep,
+            **_small_source(pipe.variant, size, num_frames),
         )
     return latents
+
+
+def _small_source(variant: Variant, size: Size, num_frames: int) -> dict[str, Any]:
+    """Something of everything that the task takes."""
+    width, height = size
+    generator = np.random.default_rng(0)
+    frames = generator.integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+    mask = np.zeros((1, height, width), np.uint8)
+    mask[:, : height // 2] = 255
+    everything = {
+        "image": frames[0],
+        "last_image": frames[-1],
+        "video": frames,
+        "mask": mask,
+    }
+    needed, optional = TAKES[variant.task]
+    return {name: value for name, value in everything.items() if name in needed + optional}
 
 
 def _reference(bundle: Bundle, checkpoint: Checkpoint, device: Device) -> Pipeline:
     """The pipeline of the checkpoint itself, in float32 and torch, a part at a time."""
 
-    def part(name: str) -> Part:
+    def part(name: str, prefix: str = "") -> Part:
         def load() -> dict[str, list[TorchSession]]:
             weights = dict(checkpoint.read(name, torch.float32))
             components = part_components(bundle.variant, name, torch.float32, bundle.stack_of(name))
-            return {c.name: load_sessions(c, None, weights, device) for c in components}
+            return {
+                c.name: load_sessions(c, None, weights, device)
+                for c in components
+                if c.name.startswith(prefix)
+            }
 
         return Part(load, device, resident=False)
 
     parts = {name: part(name) for name in bundle.precision}
+    parts["vae_encoder"] = part("vae", "vae_encoder")
     return Pipeline(bundle, RUNTIMES["torch"], device, parts, "phase")

@@ -1,6 +1,7 @@
 """Finds out what a checkpoint is: where it lies, its layout, its dimensions, its variant."""
 
 import logging
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -73,7 +74,7 @@ def open_checkpoint(source: str | Path | None = None, variant: str | None = None
     text = str(source) if source is not None else _default_source(requested)
     if text.startswith("random:"):
         checkpoint = _generated(text, requested or VARIANTS["nano"])
-    elif Path(text).is_dir():
+    elif os.path.isdir(text):  # Path.is_dir raises where a text is too long for a name
         checkpoint = _open_folder(Path(text), text, requested)
     elif REPO_ID.fullmatch(text):
         checkpoint = fetch(text, lambda path: _open_folder(path, text, requested))
