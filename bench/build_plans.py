@@ -1,12 +1,14 @@
 """Compiling every plan of a full-size model, without a GPU: how long, how much memory, how large.
 
     python -m wantrt.bench.build_plans FOLDER
+    python -m wantrt.bench.build_plans FOLDER --variants
 
 Runs `wantrt build` in processes of its own, each with an empty plan cache, on generated weights,
 and samples their anonymous memory every 20 ms (mapped files do not count). Targets: 14B and 1.3B at
 two sizes for two GPUs in at most 120 s and 8 GiB, DiT and text plans of at most 50 MB together; a
 second build in at most 2 s. Beside them, 1.3B with all its weights baked; there the text encoder is
-cut to one layer and a small vocabulary, so that what is measured is the 30 blocks.
+cut to one layer and a small vocabulary, so that what is measured is the 30 blocks. With --variants:
+every other variant at its own size, into build_variants.json; no targets.
 """
 
 import argparse
@@ -36,6 +38,10 @@ BUILDS = {
         f"--variant 1.3B --checkpoint {ONE_TEXT_LAYER} {TARGETS} --size 832x480 --no-weights "
         "--weights baked"
     ),
+}
+OTHERS = {
+    variant: f"--variant {variant} --checkpoint random:0 {TARGETS} --no-weights"
+    for variant in ("i2v-14b-480p", "flf2v-14b", "vace-1.3b", "vace-14b", "i2v-a14b", "ti2v-5b")
 }
 LIMIT_S, LIMIT_GIB, LIMIT_MB, LIMIT_AGAIN_S = 120, 8, 50, 2
 
@@ -93,20 +99,27 @@ def misses(name: str, run: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="scratch folder for 15 GB, made and deleted")
+    parser.add_argument("--variants", action="store_true", help="the other variants instead")
     parser.add_argument("--note", help="what else the machine was doing")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True)
     runs: dict[str, Any] = {}
     try:
-        for name, options in BUILDS.items():
+        for name, options in (OTHERS if arguments.variants else BUILDS).items():
             out = folder / name.removesuffix(" again")
             run = measure([*shlex.split(options), "--out", str(out)], Path(f"{out}-cache"))
             runs[name] = {"command": f"wantrt build {options}", **run}
             print(name, run, flush=True)
+            if arguments.variants:
+                shutil.rmtree(out)
+                shutil.rmtree(f"{out}-cache")
     finally:
         shutil.rmtree(folder)
-    print(write_result("build_plans", {"note": arguments.note, "runs": runs}))
+    result = "build_variants" if arguments.variants else "build_plans"
+    print(write_result(result, {"note": arguments.note, "runs": runs}))
+    if arguments.variants:
+        return
     if missed := [miss for name, run in runs.items() for miss in misses(name, run)]:
         raise SystemExit(f"over the limit: {'; '.join(missed)}")
 
