@@ -42,6 +42,8 @@ def load_image(source: "str | os.PathLike[str] | Image.Image | Pixels") -> Pixel
         return check_pixels(source)
     if isinstance(source, Image.Image):
         return _guarded(GIVEN, lambda: _read(source, GIVEN))
+    if not isinstance(source, str | os.PathLike):
+        raise MediaError(f"expected an image or the path of one, got {type(source).__name__}")
     path = Path(source)
     if not path.is_file():
         reason = "it is not a file" if path.exists() else "there is no such file"

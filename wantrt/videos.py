@@ -107,6 +107,9 @@ def open_video(source: Any) -> Footage:
         return _from_images("the video", list(source) if source.ndim == 4 else [source])
     if isinstance(source, Sequence) and not isinstance(source, str):
         return _from_images("the video", [load_image(image) for image in source])
+    if not isinstance(source, str | os.PathLike):
+        kind = type(source).__name__
+        raise MediaError(f"expected the path of a video, frames or images, got {kind}")
     path = Path(source)
     if path.is_dir():
         return _from_folder(path)

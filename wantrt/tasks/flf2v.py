@@ -11,6 +11,7 @@ from wantrt.tasks import i2v
 from wantrt.tasks.conditioning import Conditioning, Encode
 from wantrt.tasks.fitting import check_frames, fit_image, size_of
 
+FEWEST_FRAMES = 5  # the first and the last lie in latent frames of their own
 video_size = i2v.video_size  # it follows the first image
 
 
@@ -28,7 +29,7 @@ def condition(
     image, last_image: uint8 [H, W, 3]. Gives `channels` [1, 20, F, H, W]. Raises SettingsError for
     a number of frames that is not 4n + 1 from 5.
     """
-    check_frames(num_frames, fewest=5)
+    check_frames(num_frames, fewest=FEWEST_FRAMES)
     resize = i2v.resize_of(convention)
     first = fit_image(image, size, fit, resize)
     alike = size_of(image) == size_of(last_image)

@@ -54,13 +54,18 @@ def open_source(
     last_image: Any = None,
     video: Any = None,
     mask: Any = None,
-    reference_images: Sequence[Any] = (),
+    reference_images: Any = (),
 ) -> Source:
     """Open what the user gives: paths, PIL images or arrays (see images.py and videos.py).
 
-    Raises SettingsError for what the task does not take or lacks, MediaError for what is unreadable
-    and SettingsError for a mask that does not go with its video.
+    One reference image need not be in a list. Raises SettingsError for what the task does not take
+    or lacks, MediaError for what is unreadable and SettingsError for a mask that does not go with
+    its video.
     """
+    if reference_images is None:
+        reference_images = ()
+    if not isinstance(reference_images, list | tuple):
+        reference_images = (reference_images,)
     given = {
         "image": image,
         "last_image": last_image,
@@ -106,6 +111,8 @@ def choose_size(
     The fit is None where nothing is to be fitted.
     """
     given, frames = size or variant.size, variant.num_frames if num_frames is None else num_frames
+    if source.last_image is not None:
+        fitting.check_frames(frames, fewest=flf2v.FEWEST_FRAMES)
     if fit is not None and source.image is None and source.video is None:
         raise SettingsError("fit says how an image or a video is brought to size; there is none")
     if source.image is not None:
