@@ -277,7 +277,7 @@ def test_stack_and_weights_as_asked(tmp_path: Path) -> None:
         ({"precision": "fp8"}, UnsupportedTaskError, "not there yet"),
         ({"precision": "bf61"}, SettingsError, "did you mean bf16"),
         ({"runtime": "onnxruntme"}, SettingsError, "did you mean onnxruntime"),
-        ({"variant": "i2v-a14b", "checkpoint": "random:0"}, UnsupportedTaskError, "i2v"),
+        ({"variant": "s2v-14b", "checkpoint": "random:0"}, UnsupportedTaskError, "s2v"),
         ({"variant": "14C", "checkpoint": "random:0"}, SettingsError, "[Dd]id you mean 14b"),
         ({"checkpoint": "/nowhere/at/all"}, CheckpointError, "no checkpoint"),
     ],
