@@ -92,5 +92,15 @@ def require_device(op: str, tensor: Tensor) -> None:
         refuse(op, f"the tensors are on {tensor.device}, a kernel runs on CUDA: use the reference")
 
 
+def require_one_device(op: str, *tensors: Tensor | None) -> None:
+    """For the fake of an op: torch calls it instead of the launcher if any one tensor is on meta.
+
+    The others may have data, and what the fake returns would be taken for a result.
+    """
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        refuse(op, f"the tensors are on {' and '.join(sorted(devices))}: move them to one device")
+
+
 def refuse(op: str, what: str) -> None:
     raise ExecutionError(f"wantrt.kernels.{op}: {what}")

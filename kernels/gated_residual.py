@@ -32,6 +32,7 @@ from wantrt.kernels.arguments import (
     require_device,
     require_dtype,
     require_modulation,
+    require_one_device,
     require_rank,
 )
 from wantrt.kernels.rows import (
@@ -272,6 +273,7 @@ def gated_residual_norm(
 
 @gated_residual.register_fake
 def _(x: Tensor, y: Tensor, gate: Tensor, token_row: Tensor | None) -> Tensor:
+    require_one_device("gated_residual", x, y, gate, token_row)
     return torch.empty_like(x)
 
 
@@ -286,6 +288,7 @@ def _(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    require_one_device("gated_residual_modulate", x, y, gate, shift, scale, token_row)
     return torch.empty_like(x), torch.empty_like(x, dtype=dtype)
 
 
@@ -300,6 +303,7 @@ def _(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    require_one_device("gated_residual_norm", x, y, gate, weight, bias, token_row)
     return torch.empty_like(x), torch.empty_like(x, dtype=dtype)
 
 

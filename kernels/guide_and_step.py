@@ -29,6 +29,8 @@ from wantrt.kernels.arguments import (
     require_contiguous,
     require_device,
     require_elements,
+    require_one_device,
+    require_rank,
 )
 from wantrt.kernels.rows import LAUNCH
 from wantrt.linked import refuse_other_names
@@ -57,7 +59,7 @@ def guide_and_step_kernel(
     new_delta_ptr,
     BLOCK: tl.constexpr,
 ):
-    """The new pointers may be the old ones: an element is read by the thread that writes it."""
+    """The new pointers may be the old ones: nothing is written before all is read."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     row = rows_ptr + tl.load(index_ptr).to(tl.int64) * 4
@@ -74,6 +76,7 @@ def guide_and_step_kernel(
     delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
     # the change is summed before it meets the sample: one rounding at the sample's scale
     change = stride * velocity + newer * new_delta + older * delta
+    tl.debug_barrier()  # 16-bit velocities are read in wider pieces, so by other threads than write
     tl.store(new_sample_ptr + at, sample + change, mask=inside)
     tl.store(new_x0_ptr + at, new_x0, mask=inside)
     tl.store(new_delta_ptr + at, new_delta, mask=inside)
@@ -109,7 +112,7 @@ def guide_and_step(
             require_contiguous(op, name, velocity)
     if guidance_scale is not None:
         require(op, "guidance_scale", guidance_scale, (1,), device, (torch.float32,))
-    require_elements(op, "rows", rows)
+    require_rank(op, "rows", rows, "N 4")
     require(op, "rows", rows, (rows.shape[0], 4), device, (torch.float32,))
     require_contiguous(op, "rows", rows)
     require(op, "index", index, (1,), device, (torch.int64,))
@@ -146,7 +149,8 @@ def _(
     rows: Tensor,
     index: Tensor,
 ) -> None:
-    return None
+    velocities = conditional, unconditional, guidance_scale
+    require_one_device("guide_and_step", sample, x0, delta, *velocities, rows, index)
 
 
 def _launch(inputs: Operands, node: Attributes) -> Launch:

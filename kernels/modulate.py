@@ -27,6 +27,7 @@ from wantrt.kernels.arguments import (
     require_device,
     require_dtype,
     require_modulation,
+    require_one_device,
     require_rank,
 )
 from wantrt.kernels.rows import (
@@ -123,6 +124,7 @@ def _(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    require_one_device("modulate", x, shift, scale, token_row)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 

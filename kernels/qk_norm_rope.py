@@ -30,6 +30,7 @@ from wantrt.kernels.arguments import (
     require_contiguous,
     require_contiguous_channels,
     require_device,
+    require_one_device,
     require_rank,
 )
 from wantrt.kernels.rope import require_angles
@@ -161,6 +162,7 @@ def _(
     eps: float,
     heads_first: bool,
 ) -> tuple[Tensor, Tensor]:
+    require_one_device("qk_norm_rope", qkv, q_weight, k_weight, cos, sin)
     return _empty(qkv, num_heads, heads_first), _empty(qkv, num_heads, heads_first)
 
 

@@ -28,6 +28,7 @@ from wantrt.kernels.arguments import (
     require_contiguous_channels,
     require_device,
     require_elements,
+    require_one_device,
 )
 from wantrt.kernels.rows import LAUNCH, load_once, load_shared, rms_norm_row, row_start, warps
 from wantrt.linked import refuse_other_names
@@ -96,6 +97,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @rms_norm.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    require_one_device("rms_norm", x, weight)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

@@ -29,6 +29,7 @@ from wantrt.kernels.arguments import (
     require,
     require_contiguous,
     require_device,
+    require_one_device,
     require_rank,
 )
 from wantrt.kernels.rows import LAUNCH, warps
@@ -162,6 +163,7 @@ def rms_silu(x: Tensor, gamma: Tensor) -> Tensor:
 
 @rms_silu.register_fake
 def _(x: Tensor, gamma: Tensor) -> Tensor:
+    require_one_device("rms_silu", x, gamma)
     return torch.empty_like(x)
 
 

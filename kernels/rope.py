@@ -29,6 +29,7 @@ from wantrt.kernels.arguments import (
     require_contiguous,
     require_contiguous_channels,
     require_device,
+    require_one_device,
     require_rank,
 )
 from wantrt.kernels.rows import LAUNCH, load_angles, load_once, rotate_pairs, warps
@@ -108,6 +109,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @rope.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    require_one_device("rope", x, cos, sin)
     return torch.empty_like(x)
 
 

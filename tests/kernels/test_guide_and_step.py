@@ -81,6 +81,7 @@ def test_is_a_sound_torch_op(guided, kernel_device):
         ("guidance_scale", lambda t: t[0], "guidance_scale has shape"),
         ("rows", lambda t: t[:, :3], "rows has shape"),
         ("rows", lambda t: t[:0], "nothing in it"),
+        ("rows", lambda t: t[0, 0], "expected .N, 4."),
         ("rows", lambda t: t.double(), "rows is torch.float64"),
         ("index", lambda t: t.int(), "index is torch.int32"),
         ("index", lambda t: t[0], "index has shape"),

@@ -54,11 +54,11 @@ def test_interpreted(group):
     assert "skipped" not in result.stdout
 
 
-def test_a_cpu_is_refused():
-    """Asked here, where nothing interprets the kernels."""
+def calls():
+    """Every op with arguments that fit together, on a CPU."""
     x, rows = torch.zeros(1, 2, 12), torch.zeros(1, 1, 12)
     table, weight, index = torch.ones(2, 2), torch.ones(12), torch.zeros(1, dtype=torch.int64)
-    calls = {
+    return {
         modulate: (x, rows, rows, None, 1e-6, x.dtype),
         gated_residual: (x, x, rows, None),
         gated_residual_modulate: (x, x, None, rows, rows, None, 1e-6, x.dtype),
@@ -69,9 +69,24 @@ def test_a_cpu_is_refused():
         rms_silu: (x.view(1, 12, 2, 1, 1), weight),
         guide_and_step: (x, x, x, x, None, None, torch.zeros(1, 4), index),
     }
-    for op, arguments in calls.items():
+
+
+def test_a_cpu_is_refused():
+    """Asked here, where nothing interprets the kernels."""
+    for op, arguments in calls().items():
         with pytest.raises(ExecutionError, match="on cpu, a kernel runs on CUDA"):
             op(*arguments)
+
+
+@pytest.mark.parametrize("op, arguments", calls().items(), ids=lambda value: str(value)[:40])
+def test_one_tensor_without_data_is_refused(op, arguments):
+    """torch then calls the fake, whose empty tensors would be taken for results."""
+    for index, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            spoiled = list(arguments)
+            spoiled[index] = argument.to("meta")
+            with pytest.raises(ExecutionError, match="on cpu and meta: move them"):
+                op(*spoiled)
 
 
 def test_no_test_of_a_kernel_is_left_out():

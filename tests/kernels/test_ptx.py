@@ -130,6 +130,14 @@ def test_strides_are_said_to_be_multiples_of_16() -> None:
     assert 32 in access_bits(kernel.ptx)
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)  # of the velocities
+def test_what_is_written_in_place_was_read_by_all_threads(dtype: torch.dtype) -> None:
+    """The thread that writes an element need not be the one that reads it."""
+    ptx = compile_kernel(bind("GuideAndStep", dtype=dtype).source, 90).ptx
+    (barrier, *_) = (match.start() for match in re.finditer(r"\bbar(rier)?\.", ptx))
+    assert ptx.rindex("ld.global") < barrier < ptx.index("st.global")
+
+
 def test_a_stride_that_is_no_multiple_of_16_is_not_said_to_be() -> None:
     plugin = PLUGINS["Modulate"]
     inputs, attributes = make_node("Modulate", "1.3B", BF16)
