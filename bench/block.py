@@ -42,6 +42,7 @@ from wantrt.bench.gpu import (
     copy_bandwidth,
     first_line,
     matrix_rate,
+    positive,
     require_gpu,
     state,
     state_under,
@@ -102,7 +103,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m wantrt.bench.block", description=str(__doc__).split("\n")[0]
     )
     parser.add_argument("--models", type=models, default=list(MODELS), metavar="14b,1.3b")
-    parser.add_argument("--samples", type=int, default=10, help="timed, of each contender")
+    parser.add_argument("--samples", type=positive, default=10, help="timed, of each contender")
     parser.add_argument(
         "--minutes", type=float, default=7.0, help="nothing is compiled or begun after them"
     )

@@ -8,6 +8,7 @@ random: a GPU multiplies zeros faster.
 
 import math
 import subprocess
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,14 @@ def require_gpu(measurement: str) -> None:
             f"{measurement} measures a CUDA GPU, and torch {torch.__version__} sees none here.\n"
             "Run the same command on a machine that has one."
         )
+
+
+def positive(text: str) -> int:
+    """An option of a command line: a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise ArgumentTypeError(f"{text} is below 1")
+    return number
 
 
 def capture(work: Work, pool: Any = None) -> Callable[[], None]:

@@ -32,6 +32,7 @@ from wantrt.bench.gpu import (
     first_line,
     l2_bytes,
     matrix_rate,
+    positive,
     require_gpu,
     state,
     summary,
@@ -117,7 +118,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=ints, default=[32760, 75600], metavar="N,..")
     parser.add_argument("--channels", type=widths, default=[5120, 1536, 3072], metavar="N,..")
     parser.add_argument("--dtypes", type=dtypes, default=dtypes("bf16,fp32"), metavar="bf16,..")
-    parser.add_argument("--samples", type=int, default=20, help="timed, of each contender")
+    parser.add_argument("--samples", type=positive, default=20, help="timed, of each contender")
     parser.add_argument(
         "--minutes", type=float, default=8.5, help="no case is begun after them; the rest is named"
     )

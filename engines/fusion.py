@@ -33,10 +33,10 @@ FUSED_KERNEL = re.compile(r"mha|flash|fused.?attention", re.IGNORECASE)
 
 def required_fusions(component: Component) -> int:
     """How many attentions of the component must be fused."""
-    modules = list(component.module.modules())
     attending = (SelfAttention, CrossAttention, TextLayer, ImageBlock)
-    with_image = (isinstance(m, CrossAttention) and hasattr(m, "image_kv") for m in modules)
-    return sum(isinstance(module, attending) for module in modules) + sum(with_image)
+    modules = dict(component.module.named_modules())
+    with_image = sum(name.endswith(".image_kv") for name in modules)
+    return sum(isinstance(module, attending) for module in modules.values()) + with_image
 
 
 def check_network(

@@ -84,8 +84,8 @@ def separate_queries(model: onnx.ModelProto) -> None:
                 helper.make_tensor(f"{zero}_float", TensorProto.FLOAT, [], [0.0])
             )
             model.graph.node.insert(index, helper.make_node("Add", [query, zero], [own]))
-            cast = helper.make_node("CastLike", [f"{zero}_float", query], [zero])
-            model.graph.node.insert(index, cast)
+            typed = helper.make_node("CastLike", [f"{zero}_float", query], [zero])
+            model.graph.node.insert(index, typed)
             node.input[0] = own
         taken.add(query)
 

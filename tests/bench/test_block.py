@@ -241,8 +241,9 @@ def test_worse_than_diffusers_does_not_pass():
     assert not block.passes({"reference": row(1e-3)})
 
 
-def test_refuses_an_unknown_model(capsys):
+@pytest.mark.parametrize("option", [["--models", "5b"], ["--samples", "-1"]], ids=" ".join)
+def test_refuses_options(option, capsys):
     with pytest.raises(SystemExit) as leaving:
-        block.parse(["--models", "5b"])
+        block.parse(option)
     assert leaving.value.code == 2
-    assert "'5b'" in capsys.readouterr().err
+    assert option[1] in capsys.readouterr().err

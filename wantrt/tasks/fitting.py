@@ -12,7 +12,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from wantrt.config import Size
@@ -136,6 +135,8 @@ def resize_lanczos(image: Pixels, size: Size) -> Tensor:
 
     image: uint8 [H, W, 3] or [H, W] -> fp32 [3 or 1, height, width] in [-1, 1].
     """
+    from PIL import Image
+
     return to_tensor(np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)))
 
 
