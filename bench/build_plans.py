@@ -8,7 +8,8 @@ and samples their anonymous memory every 20 ms (mapped files do not count). Targ
 two sizes for two GPUs in at most 120 s and 8 GiB, DiT and text plans of at most 50 MB together; a
 second build in at most 2 s. Beside them, 1.3B with all its weights baked; there the text encoder is
 cut to one layer and a small vocabulary, so that what is measured is the 30 blocks. With --variants:
-every other variant at its own size, into build_variants.json; no targets.
+every released variant at all of its official sizes, component by component, into
+build_variants.json; no targets.
 """
 
 import argparse
@@ -19,11 +20,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from wantrt.bench.report import anonymous_bytes, write_result
+from wantrt.config import TASKS, VARIANTS
 from wantrt.linked import refuse_other_names
+from wantrt.pieces import read_log
 
 refuse_other_names(__spec__)
 
@@ -39,9 +43,11 @@ BUILDS = {
         "--weights baked"
     ),
 }
-OTHERS = {
-    variant: f"--variant {variant} --checkpoint random:0 {TARGETS} --no-weights"
-    for variant in ("i2v-14b-480p", "flf2v-14b", "vace-1.3b", "vace-14b", "i2v-a14b", "ti2v-5b")
+RELEASED = {
+    row.name: f"--variant {row.name} --checkpoint random:0 {TARGETS} --no-weights --size "
+    + ",".join(f"{width}x{height}" for width, height in row.sizes)
+    for row in VARIANTS.values()
+    if row.task in TASKS and row.repo_id
 }
 LIMIT_S, LIMIT_GIB, LIMIT_MB, LIMIT_AGAIN_S = 120, 8, 50, 2
 
@@ -53,10 +59,15 @@ def measure(arguments: list[str], cache: Path) -> dict[str, Any]:
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     peak_bytes = 0
+    peaks: dict[int, int] = {}  # of each process that compiles one plan, in their order
     while process.poll() is None:
         try:
-            pids = [process.pid, *descendants(process.pid)]  # plans are compiled in some of them
-            peak_bytes = max(peak_bytes, sum(map(anonymous_bytes, pids)))
+            compilers = children(process.pid)
+            plans = [pid for compiler in compilers for pid in children(compiler)]
+            peaks |= {pid: peak_rss_bytes(pid) for pid in plans}
+            peak_bytes = max(
+                peak_bytes, sum(map(anonymous_bytes, (process.pid, *compilers, *plans)))
+            )
         except (OSError, RuntimeError):
             continue  # it has just ended
         time.sleep(0.02)
@@ -72,14 +83,47 @@ def measure(arguments: list[str], cache: Path) -> dict[str, Any]:
         "plans": built["plans"]["count"],
         "dit_and_text_plans_mb": round(built["plans"]["dit_and_text_bytes"] / 1e6, 1),
         "vae_plans_mb": round(built["plans"]["vae_bytes"] / 1e6, 1),
+        "load_average": round(os.getloadavg()[1], 2),  # of the last 5 minutes, this build included
+        "components": by_component(Path(built["bundle"]), list(peaks.values())),
     }
 
 
-def descendants(pid: int) -> list[int]:
-    """Children of all threads, and theirs."""
+def by_component(bundle: Path, peaks: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """What the plans of each component took, from the build's log.
+
+    peaks: the largest resident set of the process that compiled a plan, in bytes, in the order of
+    the plans; pages of mapped weights count. None: nothing was compiled.
+    """
+    log = read_log(bundle)
+    assert log is not None
+    plans = {name: built for name, built in log.pieces.items() if name.startswith("plan ")}
+    found: dict[str, dict[str, Any]] = {}
+    for (name, built), peak in zip(plans.items(), peaks, strict=True) if peaks else ():
+        row = found.setdefault(
+            name.split()[1],
+            {"plans": 0, "seconds": 0.0, "longest_s": 0.0, "plan_mb": 0.0, "peak_rss_mib": 0},
+        )
+        row["plans"] += 1
+        row["seconds"] = round(row["seconds"] + built.seconds, 2)
+        row["longest_s"] = max(row["longest_s"], round(built.seconds, 2))
+        size = sum(record.size for record in built.files.values())
+        row["plan_mb"] = round(row["plan_mb"] + size / 1e6, 3)
+        row["peak_rss_mib"] = max(row["peak_rss_mib"], round(peak / 2**20))
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Those of all threads of a process."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    children = [int(child) for task in tasks for child in task.read_text().split()]
-    return children + [each for child in children for each in descendants(child)]
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def peak_rss_bytes(pid: int) -> int:
+    """The largest resident set of a process up to now. RuntimeError: it has ended."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"process {pid} has ended")
 
 
 def misses(name: str, run: dict[str, Any]) -> list[str]:
@@ -99,14 +143,14 @@ def misses(name: str, run: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="scratch folder for 15 GB, made and deleted")
-    parser.add_argument("--variants", action="store_true", help="the other variants instead")
+    parser.add_argument("--variants", action="store_true", help="every variant instead")
     parser.add_argument("--note", help="what else the machine was doing")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True)
     runs: dict[str, Any] = {}
     try:
-        for name, options in (OTHERS if arguments.variants else BUILDS).items():
+        for name, options in (RELEASED if arguments.variants else BUILDS).items():
             out = folder / name.removesuffix(" again")
             run = measure([*shlex.split(options), "--out", str(out)], Path(f"{out}-cache"))
             runs[name] = {"command": f"wantrt build {options}", **run}
