@@ -82,8 +82,8 @@ class Model:
 MODELS = {"14b": Model(DIT_14B, 0.05, 0.78), "1.3b": Model(DIT_1_3B, 0.10, None)}
 
 
-def main() -> None:
-    options = parse(sys.argv[1:])
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     require_gpu("wantrt.bench.block")
     with torch.inference_mode():
         measured = measure_all(options.models, options.samples, options.minutes)

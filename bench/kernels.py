@@ -67,8 +67,8 @@ MARGIN = 1.05  # of the reference's own rounding error: that of another order of
 Sets = Sequence[tuple[Any, ...]]
 
 
-def main() -> None:
-    options = parse(sys.argv[1:])
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     require_gpu("wantrt.bench.kernels")
     chosen = [
         case

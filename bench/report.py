@@ -5,58 +5,22 @@ A result is one JSON file in bench/results/, so that a number in the docs can be
 
 import json
 import math
-import os
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from threading import Event, Thread
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import torch
-
+from wantrt.bench.machine import commit
+from wantrt.bench.machine import machine as machine
+from wantrt.bench.memory import PeakMemory as PeakMemory
+from wantrt.bench.memory import anonymous_bytes as anonymous_bytes
 from wantrt.linked import refuse_other_names
 
 refuse_other_names(__spec__)
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = (
-    *("torch", "onnxruntime", "onnx", "diffusers", "transformers", "triton", "tensorrt"),
-    "tensorrt-rtx-cu13",
-)
-
-
-def machine() -> dict[str, Any]:
-    """Processor, memory, GPU and versions of what takes part in a measurement."""
-    card: dict[str, Any] = {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "python": platform.python_version(),
-        "versions": {},
-    }
-    for package in PACKAGES:
-        try:
-            card["versions"][package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if torch.cuda.is_available():
-        card["gpu"] = torch.cuda.get_device_name()
-    return card
-
-
-def cpu_name() -> str:
-    with open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def write_result(name: str, measured: dict[str, Any]) -> Path:
@@ -100,65 +64,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def commit() -> str | None:
-    """The checkout's commit, with "+" where files differ from it; None where git cannot say."""
-    git = ["git", "-C", str(RESULTS.parent)]
-    try:
-        told = [
-            subprocess.run([*git, *asked], capture_output=True, text=True, check=True).stdout
-            for asked in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return told[0].strip() + ("+" if told[1].strip() else "")
-
-
 def _module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec is not None else sys.argv[0]
-
-
-class PeakMemory:
-    """Watches this process's anonymous memory: what it allocated, without mapped files.
-
-        with PeakMemory() as memory:
-            ...
-        memory.peak_gib
-
-    Sampled from /proc/self/status (RssAnon) every 5 ms; Linux.
-    """
-
-    def __init__(self) -> None:
-        self.start_bytes = self.peak_bytes = anonymous_bytes()
-        self._done = Event()
-        self._thread = Thread(target=self._watch, daemon=True)
-
-    @property
-    def peak_gib(self) -> float:
-        return round(self.peak_bytes / 2**30, 3)
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-        self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
-
-
-def anonymous_bytes(process: int | str = "self") -> int:
-    with open(f"/proc/{process}/status") as lines:
-        for line in lines:
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{process}/status has no RssAnon: this measurement needs Linux")

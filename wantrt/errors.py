@@ -43,3 +43,7 @@ class MediaError(WantrtError):
 
 class CancelledError(WantrtError):
     """Work stopped on request: a generation by its step callback, a plan by its builder's."""
+
+
+class BenchError(WantrtError, ValueError):
+    """A measurement that cannot be compared or read: another schema, unequal settings, damage."""
