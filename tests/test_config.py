@@ -57,7 +57,7 @@ PUBLISHED = {
 
 
 def test_the_table_has_every_released_variant_and_nano() -> None:
-    assert list(VARIANTS) == [*PUBLISHED, "nano"]
+    assert list(VARIANTS) == [*PUBLISHED, "nano", "nano-i2v"]
     assert all(name == variant.name for name, variant in VARIANTS.items())
 
 

@@ -241,6 +241,7 @@ DIT_5B = DiTConfig(
 # -- nano: the checkpoint that ships with wantrt (wantrt/nano) -------------------------------------
 
 DIT_NANO = DiTConfig(dim=128, ffn_dim=448, num_heads=4, num_layers=6, text_dim=96, text_len=32)
+DIT_NANO_I2V = replace(DIT_NANO, in_channels=36)
 TEXT_ENCODER_NANO = TextEncoderConfig(
     vocab_size=80, dim=96, attention_dim=96, ffn_dim=256, num_heads=4, num_layers=2
 )
@@ -522,6 +523,19 @@ VARIANTS: dict[str, Variant] = {
             title="wantrt nano",
             task="t2v",
             experts=_dense(DIT_NANO, guidance_scale=3.5),
+            vae=VAE_NANO,
+            text_encoder=TEXT_ENCODER_NANO,
+            sizes=((64, 64),),
+            num_frames=25,
+            fps=16,
+            num_inference_steps=20,
+            flow_shift=5.0,
+        ),
+        Variant(
+            name="nano-i2v",
+            title="wantrt nano I2V",
+            task="i2v",
+            experts=_dense(DIT_NANO_I2V, guidance_scale=3.5),
             vae=VAE_NANO,
             text_encoder=TEXT_ENCODER_NANO,
             sizes=((64, 64),),

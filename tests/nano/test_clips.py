@@ -1,10 +1,17 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from wantrt.nano.clips import draw_clips, random_scenes
-from wantrt.nano.scenes import SHAPES, Scene, combinations, split
+from wantrt.nano.clips import (
+    centred_paths,
+    draw_clips,
+    free_paths,
+    middle_paths,
+    random_scenes,
+)
+from wantrt.nano.scenes import MOTIONS, SHAPES, Scene, combinations, split
 
 
 def test_the_same_seed_draws_the_same_bytes():
@@ -37,9 +44,25 @@ def test_outlines_are_antialiased_and_of_similar_area():
     assert (((inside > 0.1) & (inside < 0.9)).sum((1, 2)) > 4).all()
 
 
-def test_objects_stay_inside_the_picture():
+@pytest.mark.parametrize("make_paths", [centred_paths, free_paths])
+def test_objects_stay_inside_the_picture(make_paths):
     scenes = [Scene(*combination, "white") for combination in combinations()]
-    clips = draw_clips(scenes, 11).float()
+    clips = draw_clips(scenes, 11, make_paths=make_paths).float()
     border = torch.cat((clips[:, :, 0], clips[:, :, -1], clips[:, :, :, 0], clips[:, :, :, -1]), 2)
     touched = (border - border.amax((1, 2, 3), True)).abs().amax(-1) > 60  # [B, F, border pixels]
     assert touched.float().mean() < 0.002  # a tip may brush the edge
+
+
+def test_a_shape_at_rest_in_the_middle_does_not_tell_the_motion():
+    images = [
+        draw_clips([Scene("red", "star", motion)], 4, num_frames=1, make_paths=middle_paths)
+        for motion in MOTIONS
+    ]
+    assert all(torch.equal(image, images[0]) for image in images)
+
+
+def test_free_paths_start_in_the_middle_too_whatever_the_motion():
+    scenes = [Scene("red", "square", motion) for motion in MOTIONS for _ in range(60)]
+    paths = free_paths(scenes, np.random.default_rng(0), 25)
+    first = torch.stack((paths.centre_x, paths.centre_y))[:, :, 0].view(2, len(MOTIONS), 60)
+    assert ((first - 0.5).abs() < 0.08).any(dim=2).all()

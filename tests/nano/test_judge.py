@@ -3,18 +3,18 @@ import random
 import numpy as np
 import pytest
 
-from wantrt.nano.clips import draw_clips, random_scenes
+from wantrt.nano.clips import centred_paths, draw_clips, free_paths, random_scenes
 from wantrt.nano.judge import judge
 from wantrt.nano.scenes import BACKGROUNDS, Scene, combinations
 
 ASPECTS = ("colour", "shape", "motion")
 
 
-@pytest.fixture(scope="module")
-def judged():
+@pytest.fixture(scope="module", params=[centred_paths, free_paths])
+def judged(request):
     """300 drawn clips of every combination, what they show and what the judge says."""
     scenes = random_scenes(combinations(), 300, random.Random(5))
-    clips = draw_clips(scenes, 99).numpy()
+    clips = draw_clips(scenes, 99, make_paths=request.param).numpy()
     return scenes, [judge(clip) for clip in clips]
 
 

@@ -7,10 +7,13 @@ About 60 clips of 64x64x25 a second on one CPU core.
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wantrt.nano.scenes import BACKGROUNDS, COLOURS, RGB, Scene
@@ -35,20 +38,11 @@ class Paths:
     angle: Tensor
 
 
-def draw_clips(
-    scenes: list[Scene], seed: int, size: tuple[int, int] = (64, 64), num_frames: int = 25
-) -> Tensor:
-    """Clips of the scenes, uint8 [B, F, height, width, 3]; ``size`` is (height, width)."""
-    rng = np.random.default_rng(seed)
-    paths = make_paths(scenes, rng, num_frames)
-    coverage = draw_coverage([scene.shape for scene in scenes], paths, size)[..., None]
-    colour = _shade([COLOURS[scene.colour] for scene in scenes], rng, spread=8)
-    background = _shade([BACKGROUNDS[scene.background] for scene in scenes], rng, spread=8)
-    return torch.lerp(background, colour, coverage).round_().to(torch.uint8)
+def centred_paths(scenes: list[Scene], rng: np.random.Generator, num_frames: int) -> Paths:
+    """Random but readable: the shape always stays inside, and always does what its word says.
 
-
-def make_paths(scenes: list[Scene], rng: np.random.Generator, num_frames: int) -> Paths:
-    """Random but readable: the shape always stays inside, and always does what its word says."""
+    Paths lie around the picture's middle, so that the first frame gives the motion away.
+    """
     batch = len(scenes)
     time = np.linspace(0.0, 1.0, num_frames)[None]  # [1, F]
     radius = rng.uniform(0.19, 0.22, (batch, 1))
@@ -56,9 +50,7 @@ def make_paths(scenes: list[Scene], rng: np.random.Generator, num_frames: int) -
     hop = rng.uniform(0.30, 0.36, (batch, 1)) * np.abs(np.sin(2 * np.pi * time))
     turn = rng.uniform(0.8, 1.1, (batch, 1)) * np.pi * time
     growth = np.exp(rng.uniform(0.42, 0.52, (batch, 1)) * (2 * time - 1))  # [B, F], 0.6 ... 1.6
-
-    def when(*motions: str) -> np.ndarray:
-        return np.array([[float(scene.motion in motions)] for scene in scenes])
+    when = partial(_when, scenes)
 
     # Where the motion leaves room, the place varies more.
     x = 0.5 + rng.uniform(-1, 1, (batch, 1)) * (
@@ -70,8 +62,60 @@ def make_paths(scenes: list[Scene], rng: np.random.Generator, num_frames: int) -
     exponent = when("grow") - when("shrink")
     radius = radius * growth**exponent * (1 - 0.12 * np.abs(exponent))
     angle = turn * when("rotate")
-    return Paths(*(torch.from_numpy(np.broadcast_to(v, angle.shape).copy()).float()
-                   for v in (x, y, radius, angle)))  # fmt: skip
+    return _as_paths(x, y, radius, angle)
+
+
+def free_paths(scenes: list[Scene], rng: np.random.Generator, num_frames: int) -> Paths:
+    """Every motion starts upright, of any size, anywhere where it stays inside the picture.
+
+    From its middle every motion can start: there the first frame gives nothing away.
+    """
+    batch = len(scenes)
+    time = np.linspace(0.0, 1.0, num_frames)[None]  # [1, F]
+    when = partial(_when, scenes)
+    travel = rng.uniform(0.17, 0.22, (batch, 1)) * time
+    hop = rng.uniform(0.18, 0.23, (batch, 1)) * np.abs(np.sin(2 * np.pi * time))
+    turn = rng.uniform(0.45, 0.60, (batch, 1)) * np.pi * time
+    growth = np.exp(rng.uniform(0.48, 0.62, (batch, 1)) * time)  # up to 1.6 ... 1.9
+    scale = growth ** (when("grow") - when("shrink"))
+    radius = rng.uniform(0.14, 0.21, (batch, 1)) * scale
+    radius *= np.minimum(1, 0.33 / radius.max(axis=1, keepdims=True))
+    reach = 1.4 * radius  # as far as a corner
+
+    def place(offset: NDArray[np.float64]) -> NDArray[np.float64]:
+        first = (reach - offset).max(axis=1, keepdims=True)
+        last = (1 - reach - offset).min(axis=1, keepdims=True)
+        return rng.uniform(first, last) + offset
+
+    x = place(travel * (when("right") - when("left")))
+    y = place(travel * (when("down") - when("up")) - hop * when("bounce"))
+    return _as_paths(x, y, radius, turn * when("rotate"))
+
+
+def middle_paths(scenes: list[Scene], rng: np.random.Generator, num_frames: int) -> Paths:
+    """Shapes that rest near the middle: first frames that suit every motion of `free_paths`."""
+    x, y = rng.uniform(0.46, 0.54, (2, len(scenes), 1))
+    radius = rng.uniform(0.15, 0.18, (len(scenes), 1))
+    return _as_paths(x, y, radius, np.zeros((len(scenes), num_frames)))
+
+
+MakePaths = Callable[[list[Scene], np.random.Generator, int], Paths]
+
+
+def draw_clips(
+    scenes: list[Scene],
+    seed: int,
+    size: tuple[int, int] = (64, 64),
+    num_frames: int = 25,
+    make_paths: MakePaths = centred_paths,
+) -> Tensor:
+    """Clips of the scenes, uint8 [B, F, height, width, 3]; ``size`` is (height, width)."""
+    rng = np.random.default_rng(seed)
+    paths = make_paths(scenes, rng, num_frames)
+    coverage = draw_coverage([scene.shape for scene in scenes], paths, size)[..., None]
+    colour = _shade([COLOURS[scene.colour] for scene in scenes], rng, spread=8)
+    background = _shade([BACKGROUNDS[scene.background] for scene in scenes], rng, spread=8)
+    return torch.lerp(background, colour, coverage).round_().to(torch.uint8)
 
 
 def draw_coverage(shapes: list[str], paths: Paths, size: tuple[int, int]) -> Tensor:
@@ -107,6 +151,17 @@ def random_scenes(
     chosen = [combinations[i % len(combinations)] for i in range(count)]
     rng.shuffle(chosen)
     return [Scene(*combination, rng.choice(list(BACKGROUNDS))) for combination in chosen]
+
+
+def _when(scenes: list[Scene], *motions: str) -> NDArray[np.float64]:
+    """One for each scene that has one of the motions, else zero, [B, 1]."""
+    return np.array([[float(scene.motion in motions)] for scene in scenes])
+
+
+def _as_paths(*values: NDArray[np.float64]) -> Paths:
+    """x, y, radius and angle, each [B, F] or [B, 1] but for the last."""
+    shape = values[-1].shape
+    return Paths(*(torch.from_numpy(np.broadcast_to(v, shape).copy()).float() for v in values))
 
 
 def _shade(colours: list[RGB], rng: np.random.Generator, spread: int) -> Tensor:

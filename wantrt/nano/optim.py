@@ -53,8 +53,9 @@ class Optimiser:
     """Muon and Adam together, with a warm-up, and a linear decay to zero over the second half."""
 
     def __init__(self, model: nn.Module, lr: float, num_steps: int) -> None:
-        matrices = [p for n, p in model.named_parameters() if _is_matrix(n, p)]
-        others = [p for n, p in model.named_parameters() if not _is_matrix(n, p)]
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in named if _is_matrix(n, p)]
+        others = [p for n, p in named if not _is_matrix(n, p)]
         self.lr, self.num_steps = lr, num_steps
         self.parts = (Muon(matrices, lr), torch.optim.Adam(others, lr, betas=(0.9, 0.98)))
         self.params = [*matrices, *others]

@@ -11,6 +11,7 @@ its stage.
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,16 @@ import torch.distributed as dist
 
 from wantrt.config import VARIANTS
 from wantrt.nano.export import export_checkpoint
-from wantrt.nano.latents import encode_clips, latent_statistics, training_scenes
+from wantrt.nano.latents import (
+    draw_pixels,
+    encode_clips,
+    latent_statistics,
+    normalise,
+    training_scenes,
+)
 from wantrt.nano.processes import rank
-from wantrt.nano.train_dit import train_dit
+from wantrt.nano.train_dit import new_model, train_dit
+from wantrt.nano.train_i2v import train_nano_i2v
 from wantrt.nano.train_vae import held_out_pixels, refine_decoder, train_vae
 
 NUM_CLIPS = 3072
@@ -46,16 +54,12 @@ def train_nano(
     vae = train_vae(variant.vae, folder / "vae.pt", vae_steps, seed)
     refine_decoder(vae, folder / "decoder.pt", decoder_steps, seed)
     scenes = training_scenes(num_clips, seed)
-    means = encode_clips(vae, scenes, seed, folder / "latents")
+    means = encode_clips(vae, draw_pixels(scenes, seed), num_clips, folder / "latents")
     mean, deviation = latent_statistics(vae, means, held_out_pixels(8))
     variant = replace(variant, vae=replace(variant.vae, latents_mean=mean, latents_std=deviation))
-    scale = [torch.tensor(v).view(1, -1, 1, 1, 1) for v in (mean, deviation)]
-    latents = ((means.float() - scale[0]) / scale[1]).half()
-    dit = variant.experts[0].dit
     model = train_dit(
-        dit,
-        variant.text_encoder,
-        latents,
+        new_model(variant, seed),
+        normalise(means, variant.vae),
         scenes,
         folder / "dit.pt",
         num_steps=dit_steps,
@@ -72,25 +76,22 @@ def train_nano(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
-    parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
-    parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
-    parser.add_argument("--clips", type=int, default=NUM_CLIPS)
-    parser.add_argument("--dit-steps", type=int, default=DIT_STEPS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
-    arguments = parser.parse_args()
+    parser.add_argument("--variant", choices=("nano", "nano-i2v"), default="nano")
+    parser.add_argument("--vae-steps", type=int, help=f"nano alone, default {VAE_STEPS}")
+    parser.add_argument("--decoder-steps", type=int, help=f"nano alone, default {DECODER_STEPS}")
+    parser.add_argument("--num-clips", type=int)
+    parser.add_argument("--dit-steps", type=int)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--compile", action="store_true", dest="compiled", help="torch.compile the transformer"
+    )
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    folder, variant = given.pop("out"), given.pop("variant")
     if "WORLD_SIZE" in os.environ:  # started by torchrun
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
-    checkpoint = train_nano(
-        arguments.out,
-        vae_steps=arguments.vae_steps,
-        decoder_steps=arguments.decoder_steps,
-        num_clips=arguments.clips,
-        dit_steps=arguments.dit_steps,
-        seed=arguments.seed,
-        compiled=arguments.compile,
-    )
+    recipe: Callable[..., Path] = train_nano if variant == "nano" else train_nano_i2v
+    checkpoint = recipe(folder, **given)
     if rank() == 0:
         print(checkpoint)
 

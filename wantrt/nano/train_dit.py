@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wantrt.config import DiTConfig, TextEncoderConfig
+from wantrt.config import Variant
 from wantrt.models.dit import Block, DiT
 from wantrt.models.umt5 import TextEncoder, TextLayer
 from wantrt.nano.loop import train
@@ -32,10 +32,9 @@ STRANGE_WORDS = 0.05  # how often a caption holds a word the tokenizer does not 
 class TextToVideo(nn.Module):
     """The two modules that are trained together."""
 
-    def __init__(self, dit: DiTConfig, text_encoder: TextEncoderConfig) -> None:
+    def __init__(self, dit: DiT, text_encoder: TextEncoder) -> None:
         super().__init__()
-        self.dit = DiT(dit)
-        self.text_encoder = TextEncoder(text_encoder)
+        self.dit, self.text_encoder = dit, text_encoder
 
     def encode(self, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
         """Prompts -> text_embeds [B, text_len, text_dim], rows past each prompt zero."""
@@ -46,35 +45,47 @@ class TextToVideo(nn.Module):
         embeds = self.text_encoder(tokens, (tokens != 0).long())
         return F.pad(embeds, (0, 0, 0, text_len - longest))
 
-    def loss(self, latent: Tensor, text_embeds: Tensor) -> Tensor:
-        """Flow-matching loss of clean latents [B, C, F, H, W] at random noise levels."""
+    def loss(self, latent: Tensor, channels: Tensor | None, text_embeds: Tensor) -> Tensor:
+        """Flow-matching loss of clean latents [B, C, F, H, W] at random noise levels.
+
+        channels: [B, C', F, H, W], what the transformer is given behind the noisy latent.
+        """
         level = (torch.rand(()) + torch.arange(len(latent)) / len(latent)) % 1  # evenly spread
         sigma = TRAIN_SHIFT * level / (1 + (TRAIN_SHIFT - 1) * level)
         noise = torch.randn_like(latent)
         noisy = torch.lerp(latent, noise, sigma.view(-1, 1, 1, 1, 1))
+        if channels is not None:
+            noisy = torch.cat((noisy, channels), dim=1)
         velocity = self.dit(noisy, 1000 * sigma[:, None], text_embeds)
         return F.mse_loss(velocity, noise - latent)
 
 
+def new_model(variant: Variant, seed: int) -> TextToVideo:
+    """The modules of a variant, as training starts with them."""
+    torch.manual_seed(seed)
+    model = TextToVideo(DiT(variant.experts[0].dit), TextEncoder(variant.text_encoder))
+    initialise(model)
+    return model
+
+
 def train_dit(
-    dit: DiTConfig,
-    text_encoder: TextEncoderConfig,
+    model: TextToVideo,
     latents: Tensor,
     scenes: list[Scene],
     file: Path,
+    *,
     num_steps: int,
     seed: int = 0,
     compiled: bool = False,
+    channels: Tensor | None = None,
 ) -> TextToVideo:
     """Train on normalised latents [N, C, F, H, W] of the scenes; see `loop.train` for `file`.
 
+    channels: [N, C', F, H, W], what the transformer is given behind each clip's noisy latent.
     `compiled` makes a step a third cheaper; it needs a C++ compiler and, once, two minutes.
     """
-    torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     rng = random.Random(seed + rank())
-    model = TextToVideo(dit, text_encoder)
-    initialise(model)
     if compiled:
         for block in model.dit.blocks:
             block.compile(dynamic=False)
@@ -82,7 +93,8 @@ def train_dit(
     def loss() -> Tensor:
         chosen = torch.randint(len(latents), (BATCH,))
         prompts = [say(scenes[i], rng) for i in chosen.tolist()]
-        return model.loss(latents[chosen].float(), model.encode(tokenizer, prompts))
+        given = None if channels is None else channels[chosen].float()
+        return model.loss(latents[chosen].float(), given, model.encode(tokenizer, prompts))
 
     with sdpa_kernel(SDPBackend.MATH):  # faster than the fused one at this size on a CPU
         weights = train(
