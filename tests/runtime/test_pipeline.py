@@ -9,6 +9,7 @@ import torch
 from tests.runtime.diffusers_checkpoint import make_pipeline, save
 from wantrt import Pipeline
 from wantrt.build import plan_build
+from wantrt.bundle import Bundle
 from wantrt.errors import CancelledError, ExecutionError, SettingsError
 
 PROMPT, NEGATIVE = "a red cat surfing", "blurry static"
@@ -102,6 +103,33 @@ def test_progress_counts_every_piece(pipe):
         *(("decode", done) for done in (1, 2, 3)),
     ]
     assert seen[0][0] == "text"
+
+
+def test_a_prompt_is_embedded_once_until_it_is_forgotten(pipe):
+    def stages():
+        seen = []
+        settings = {"size": (64, 64), "num_frames": 1, "num_inference_steps": 1, "seed": 0}
+        pipe("said twice", callback=lambda p: seen.append(p.stage), **settings)
+        return seen
+
+    assert "text" in stages()
+    assert "text" not in stages()
+    pipe.text_encoder.forget()
+    assert "text" in stages()
+
+
+def test_a_phase_is_over_when_the_device_has_done_its_work(pipe, monkeypatch):
+    """On a GPU work goes on behind Python's back; seconds of a phase must not."""
+    waits = []
+    monkeypatch.setattr(pipe.device, "synchronize", lambda: waits.append(1), raising=False)
+    pipe(PROMPT, size=(64, 64), num_frames=5, num_inference_steps=1, seed=0)
+    assert len(waits) >= 4  # text, denoising, two chunks
+
+
+def test_an_open_bundle_is_loaded_as_its_folder_is(theirs_and_bundle, pipe):
+    settings = {"size": (64, 64), "num_frames": 1, "num_inference_steps": 1, "seed": 0}
+    with Pipeline.load(Bundle.load(theirs_and_bundle[1])) as opened:
+        assert np.array_equal(opened(PROMPT, **settings).frames, pipe(PROMPT, **settings).frames)
 
 
 def test_a_callback_cancels_and_the_pipeline_lives_on(pipe):

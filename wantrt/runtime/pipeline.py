@@ -116,14 +116,14 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        bundle: str | os.PathLike[str] | None = None,
+        bundle: str | os.PathLike[str] | Bundle | None = None,
         runtime: str | None = None,
         *,
         residency: str = "resident",
         text_encoder_on: str | None = None,
         trust_plans: bool = False,
     ) -> "Pipeline":
-        """Load a bundle; None is the small `nano` checkpoint that ships with wantrt.
+        """Load a bundle, from its folder or open already; None is `nano`, which ships with wantrt.
 
         runtime: "tensorrt", "tensorrt-rtx", "onnxruntime" or "torch"; None takes the best one that
         bundle and machine share. residency: "resident", "phase" or "stream", which need less and
@@ -139,7 +139,7 @@ class Pipeline:
 
             loaded = default_bundle()
         else:
-            loaded = Bundle.load(Path(bundle))
+            loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
         variant = loaded.variant
         require_task(variant.task, variant.name)
         chosen = choose_for(loaded, runtime)
@@ -290,7 +290,7 @@ class Pipeline:
                 "the other stream, or load a second pipeline"
             )
         self._cancelled.clear()
-        clock = _Clock({} if timings is None else timings)
+        clock = _Clock({} if timings is None else timings, self.device)
 
         def report(stage: str, done: int, total: int, latents: Tensor | None = None) -> None:
             wanted = callback(Progress(stage, done, total, latents)) if callback else None
@@ -482,12 +482,14 @@ def _prepare_sessions(sessions: Sequence[Session], symbols: Mapping[str, int]) -
 
 
 class _Clock:
-    """Seconds by phase, added up."""
+    """Seconds by phase, added up; a phase is over when the device has done its work."""
 
-    def __init__(self, timings: dict[str, float]) -> None:
-        self.timings, self.start = timings, time.perf_counter()
+    def __init__(self, timings: dict[str, float], device: Device) -> None:
+        self.timings, self.device = timings, device
+        self.start = time.perf_counter()
 
     def lap(self, phase: str) -> None:
+        self.device.synchronize()
         now = time.perf_counter()
         self.timings[phase] = self.timings.get(phase, 0.0) + now - self.start
         self.start = now

@@ -66,6 +66,10 @@ class TextEncoder:
             self._cache.popitem(last=False)
         return found
 
+    def forget(self) -> None:
+        """Embed every prompt anew from now on."""
+        self._cache.clear()
+
     def _run(
         self, prompts: Sequence[str], on_stack: Callable[[int, int], None] | None
     ) -> list[Tensor]:
