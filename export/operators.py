@@ -109,6 +109,12 @@ def _view(t: Tracer, out: list[Spec], /, x: Traced, *sizes: int) -> str:
     )
 
 
+@emits("contiguous")
+def _contiguous(t: Tracer, out: list[Spec], /, x: Traced) -> str:
+    """How a value lies in memory is the runtime's affair."""
+    return x.value
+
+
 @emits("unsqueeze")
 def _unsqueeze(t: Tracer, out: list[Spec], /, x: Traced, dim: int) -> str:
     return t.node("Unsqueeze", x.value, t.integers([dim]))

@@ -50,7 +50,8 @@ class Caches:
             window = F.pad(x, (0, 0, 0, 0, frames, 0))
         else:
             window = torch.cat((self.old[len(self.new)], x), dim=2)
-        self.new.append(window[:, :, -frames:])
+        # contiguous is a copy: a view would keep all windows in memory until the chunk is done
+        self.new.append(window[:, :, -frames:].contiguous())
         return window
 
     def skip(self, x: Tensor) -> None:
