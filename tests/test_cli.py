@@ -92,7 +92,7 @@ def test_unknown_commands_and_options_are_usage_errors(wantrt) -> None:
 
 
 def test_bench_is_not_there_yet(wantrt) -> None:
-    refused(wantrt("bench", "latency", "--size", "832x480"), "not there yet")
+    refused(wantrt("bench", "speed"), "No such command 'speed'")
 
 
 # -- info -----------------------------------------------------------------------------------------
@@ -115,6 +115,8 @@ def test_info_of_a_variant_has_all_its_fields(wantrt) -> None:
     for word in ("high_noise", "low_noise", "0.875", "75,600", "Wan-AI/Wan2.2-T2V-A14B", "13824"):
         assert word in text
     assert wantrt("info", "14B", "--json").json["num_inference_steps"] == 50
+    about = wantrt("info", "vace-14b", "--json").json
+    assert about["starts_from"] == "PROMPT [--video] [--mask] [--reference-image]"
     for name in VARIANTS:
         assert wantrt("info", name).code == 0
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from wantrt.bundle import Bundle
 from wantrt.config import TASKS, Size, Variant
 from wantrt.runtime.loading import RUNTIMES
+from wantrt.tasks.source import usage
 
 if TYPE_CHECKING:
     from wantrt.runtime.memory import Memory
@@ -174,6 +175,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, object]:
         "path": str(bundle.path),
         "variant": bundle.variant.name,
         "task": bundle.variant.task,
+        "starts_from": usage(bundle.variant.task),
         "checkpoint": asdict(bundle.manifest.checkpoint),
         "fingerprint": bundle.fingerprint,
         "settings": bundle.settings,

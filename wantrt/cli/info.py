@@ -81,6 +81,7 @@ def show_machine(console: Console) -> None:
 def show_variant(console: Console, variant: Variant) -> None:
     """All fields, a section for each record in it."""
     from wantrt.info import WORKS, describe_sizes, plain_size, variant_status
+    from wantrt.tasks.source import usage
 
     sections: list[Any] = [section(variant.name, variant), ""]
     shown: dict[Any, str] = {}
@@ -99,8 +100,9 @@ def show_variant(console: Console, variant: Variant) -> None:
         rows = sizes_table([plain_size(size) for size in sizes])
         rows.caption = f"{rows.caption}; precision bf16"
         sections += [rows, ""]
-    console.print(*sections, f"today: {status}")
-    console.result({**asdict(variant), "today": status})
+    starts_from = usage(variant.task)
+    console.print(*sections, f"starts from: {starts_from}", f"today: {status}")
+    console.result({**asdict(variant), "starts_from": starts_from, "today": status})
 
 
 def section(title: str, *records: Any) -> "Table":
@@ -139,6 +141,7 @@ def show_bundle(console: Console, bundle: "Bundle") -> None:
         "checkpoint",
         f"{about['checkpoint']['layout']} layout, {about['checkpoint']['fingerprint'][:16]}",
     )
+    facts.add_row("starts from", about["starts_from"])
     facts.add_row("bytes", gib(about["bytes"]))
     facts.add_row("made with", ", ".join(f"{name} {v}" for name, v in about["tools"].items()))
     if scheduler := about["settings"].get("scheduler_config"):

@@ -32,6 +32,12 @@ TAKES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 INPUTS = ("image", "last_image", "video", "mask", "reference_images")
 
 
+def usage(task: str) -> str:
+    """What a generation takes, as on the command line: "PROMPT --image [--last-image]"."""
+    needed, optional = TAKES.get(task, ((), ()))
+    return " ".join(["PROMPT", *map(_option, needed), *(f"[{_option(name)}]" for name in optional)])
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """Images as pixels, videos opened but not yet decoded. names: of the files, for metadata."""
