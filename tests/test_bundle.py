@@ -164,7 +164,7 @@ def test_manifest_without_a_needed_field_is_refused(folder: Path) -> None:
         (("parts", "vae", "precision"), "int8"),
         (("variant", "sizes"), []),
         (("variant", "experts"), []),
-        (("variant", "boundary_ratio"), 0.9),
+        (("variant", "boundary_ratios"), [0.9]),
         (("variant", "experts", 0, "dit", "num_heads"), 0),
         (("variant", "experts", 0, "dit", "num_heads"), 7),
         (("variant", "experts", 0, "dit", "num_layers"), 10**9),

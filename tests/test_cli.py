@@ -16,6 +16,7 @@ from wantrt.cli import main
 from wantrt.cli.console import gib
 from wantrt.config import VARIANTS
 from wantrt.media import VideoWriter, read_metadata
+from wantrt.receipt import write_receipt
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,29 @@ def test_build_prints_where_the_bundle_is(wantrt, tmp_path: Path) -> None:
     assert wantrt("info", "custom-fp32").code == 0
 
 
+def test_a_hybrid_is_built_and_shown(wantrt, tmp_path: Path) -> None:
+    """Of folders and generated checkpoints; a second build finds out without torch."""
+    small = small_checkpoint()
+    experts = f"custom@{small}:1.0-0.9,custom@{small}:0.9-0"
+    arguments = ("build", "--experts", experts, "--precision", "fp32")
+    assert "weights custom-2" in wantrt(*arguments, "--dry-run").out
+    assert wantrt(*arguments).out.splitlines()[-1] == "hybrid-fp32"
+    assert write_receipt({"experts": experts}) is not None
+    assert write_receipt({"experts": experts.replace(str(small), "org/none")}) is None
+    assert wantrt(*arguments, "--json").json["built"] == []
+    shown = " ".join(wantrt("info", "hybrid-fp32/").out.split())
+    assert "hybrid (custom to sigma 0.9, then custom-2)" in shown
+    assert "custom: sigma 1 to 0.9, guidance 3.5" in shown
+    assert "custom-2: sigma 0.9 to 0" in shown
+    assert wantrt("verify", "--bundle", "hybrid-fp32/", "--json").json["ok"]
+    refused(wantrt(*arguments, "--variant", "14B"), "leave --checkpoint and --variant out")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--experts", "14B@random:0:1-0.9,1.3B@random:0:0.8-0"], "a gap between the experts"),
+        (["--experts", "14B@random:0"], "Write NAME@CHECKPOINT:FROM-TO"),
         (["--variant", "t2v-15b"], "did you mean"),
         (["--variant", "s2v-14b"], "not there yet"),
         (["--variant", "animate-14b", "--checkpoint", "random:0"], "animate"),

@@ -18,6 +18,7 @@ from wantrt.checkpoints import Checkpoint, open_checkpoint
 from wantrt.checkpoints.opening import NANO
 from wantrt.config import DiTConfig, Size, Variant
 from wantrt.errors import BuildError, BundleError, SettingsError, UnsupportedTaskError
+from wantrt.experts import ExpertRange, parse_experts, write_experts
 from wantrt.export.graph import export_component
 from wantrt.export.ops import ONNX_OPS
 from wantrt.folder import (
@@ -232,6 +233,7 @@ def plan_build(
     variant: str | None = None,
     out: str | Path | None = None,
     *,
+    experts: str | Sequence[ExpertRange] | None = None,
     runtime: str = "auto",
     precision: str | None = None,
     stack: int | None = None,
@@ -247,8 +249,10 @@ def plan_build(
     """Open and check the checkpoint, and say what is to be built.
 
     checkpoint: a folder, a Hugging Face repository id, "random:SEED"; None is the variant's own.
-    out: None is `<variant>-<precision>` in the current folder. precision: None is the runtime's
-    default. stack: transformer blocks a run; None is the largest divisor of their number up to 10.
+    experts: instead of both, those of a hybrid schedule, as `--experts` takes them or one by one
+    (wantrt/experts.py). out: None is `<variant>-<precision>` in the current folder. precision: None
+    is the runtime's default. stack: transformer blocks a run; None is the largest divisor of their
+    number up to 10.
 
     For TensorRT's runtimes alone: every size is planned at every number of frames, besides what the
     bundle has plans for already; None is the variant's default. targets: "sm89"; None is the GPU
@@ -271,6 +275,8 @@ def plan_build(
         runtime, precision, [name for name, given in for_plans.items() if given]
     )
     chosen = choose_precision(runtime, precision, targets)
+    if experts is not None:
+        checkpoint = _experts_as_checkpoint(experts, checkpoint, variant)
     opened = open_checkpoint(checkpoint, variant)
     folder = Path(out) if out is not None else Path(f"{opened.variant.name}-{chosen}")
     parts = {part: _part_precision(part, chosen) for part in opened.parts}
@@ -337,6 +343,16 @@ def choose_precision(
             f"no bundle in {precision}: {runtime} does not run it. Take {' or '.join(served)}."
         )
     return precision
+
+
+def _experts_as_checkpoint(
+    experts: str | Sequence[ExpertRange], checkpoint: str | None, variant: str | None
+) -> str:
+    if checkpoint is not None or variant is not None:
+        raise SettingsError(
+            "the experts name their checkpoints and variants: leave --checkpoint and --variant out"
+        )
+    return write_experts(parse_experts(experts) if isinstance(experts, str) else experts)
 
 
 def _choose_runtime(requested: str, precision: str | None, plan_options: Sequence[str]) -> str:

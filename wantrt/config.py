@@ -125,7 +125,8 @@ class Expert:
 class Variant:
     """A released checkpoint and everything that distinguishes it.
 
-    `experts` run in the order given: the first down to the sigma `boundary_ratio`, then the second.
+    `experts` run in the order given. `boundary_ratios` are the sigmas between them: the next expert
+    takes over below.
     """
 
     name: str
@@ -144,7 +145,7 @@ class Variant:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     image_encoder: ImageEncoderConfig | None = None
     audio_encoder: str | None = None
-    boundary_ratio: float | None = None
+    boundary_ratios: tuple[float, ...] = ()  # one less than experts, falling
     solver: str = "unipc"
     negative_prompt: str = ""
     flow_shift_by_size: tuple[tuple[Size, float], ...] = ()
@@ -164,6 +165,12 @@ class Variant:
         """The names of what has weights of its own, in the order in which they run."""
         encoders = ("text_encoder", *(("image_encoder",) if self.image_encoder else ()))
         return (*encoders, *(expert.name for expert in self.experts), "vae")
+
+    @property
+    def sigma_ranges(self) -> tuple[tuple[float, float], ...]:
+        """The sigmas that each expert serves: from the first down to the second."""
+        between = self.boundary_ratios
+        return tuple(zip((1.0, *between), (*between, 0.0), strict=True))
 
     @property
     def modulation_rows(self) -> int:
@@ -440,7 +447,7 @@ VARIANTS: dict[str, Variant] = {
             repo_id="Wan-AI/Wan2.2-T2V-A14B",
             diffusers_repo_id="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
             experts=_high_and_low_noise(DIT_14B, guidance_scales=(4.0, 3.0)),
-            boundary_ratio=0.875,
+            boundary_ratios=(0.875,),
             vae=VAE_2_1,
             sizes=SIZES_720P + SIZES_480P,
             num_frames=81,
@@ -456,7 +463,7 @@ VARIANTS: dict[str, Variant] = {
             repo_id="Wan-AI/Wan2.2-I2V-A14B",
             diffusers_repo_id="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
             experts=_high_and_low_noise(DIT_14B_CONDITIONED, guidance_scales=(3.5, 3.5)),
-            boundary_ratio=0.9,
+            boundary_ratios=(0.9,),
             vae=VAE_2_1,
             sizes=SIZES_720P + SIZES_480P,
             num_frames=81,

@@ -176,6 +176,17 @@ def describe_bundle(bundle: Bundle) -> dict[str, object]:
         "variant": bundle.variant.name,
         "task": bundle.variant.task,
         "starts_from": usage(bundle.variant.task),
+        "experts": {
+            expert.name: {
+                "sigmas": sigmas,
+                "guidance_scale": expert.guidance_scale,
+                "dim": expert.dit.dim,
+                "num_layers": expert.dit.num_layers,
+            }
+            for expert, sigmas in zip(
+                bundle.variant.experts, bundle.variant.sigma_ranges, strict=True
+            )
+        },
         "checkpoint": asdict(bundle.manifest.checkpoint),
         "fingerprint": bundle.fingerprint,
         "settings": bundle.settings,

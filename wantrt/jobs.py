@@ -20,6 +20,7 @@ SETTINGS: dict[
     "steps": ("num_inference_steps", int),
     "guidance_scale": ("guidance_scale", float),
     "guidance_scale_2": ("guidance_scale_2", float),
+    "guidance_scales": ("guidance_scales", list),
     "flow_shift": ("flow_shift", float),
     "solver": ("solver", str),
     "convention": ("convention", str),

@@ -121,8 +121,12 @@ def _check_meaning(manifest: Manifest) -> None:
     variant = manifest.variant
     if not variant.experts or not variant.sizes:
         raise ValueError("the variant has no expert or no size")
-    if (len(variant.experts) > 1) != (variant.boundary_ratio is not None):
-        raise ValueError("two experts and a boundary_ratio go together")
+    if len(set(variant.parts)) != len(variant.parts):
+        raise ValueError("two parts have one name")
+    if len(variant.boundary_ratios) != len(variant.experts) - 1:
+        raise ValueError("there is not one boundary_ratio between two experts")
+    if not all(start > end for start, end in variant.sigma_ranges):
+        raise ValueError(f"boundary_ratios {variant.boundary_ratios} do not fall from 1 to 0")
     if set(manifest.parts) != set(variant.parts):
         raise ValueError(f"parts are {sorted(manifest.parts)}, expected {sorted(variant.parts)}")
     if unknown := {part.precision for part in manifest.parts.values()} - set(PRECISIONS):

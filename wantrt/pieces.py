@@ -18,7 +18,7 @@ from pathlib import Path
 
 from wantrt import __version__
 from wantrt.bundle import BUILD_LOG, FOLDERS, MANIFEST, describe_file, is_inside, list_files
-from wantrt.config import Variant
+from wantrt.config import VARIANTS, Variant
 from wantrt.errors import BuildError
 from wantrt.folder import Progress, cache_folder, remembered_sha256, sha256_of, write_json
 from wantrt.manifest import FileRecord
@@ -106,9 +106,10 @@ def read_log(root: Path) -> BuildLog | None:
 def variant_to_ask(variant: Variant, log: BuildLog | None) -> str | None:
     """The --variant that opens a bundle's checkpoint again; None: without one.
 
-    A checkpoint of dimensions of its own is `custom`, which is no name to ask for.
+    A checkpoint of dimensions of its own is `custom`, and one of several is `hybrid`, which are no
+    names to ask for.
     """
-    if variant.name != "custom":
+    if variant.name in VARIANTS:
         return variant.name
     return log.variant if log else None
 

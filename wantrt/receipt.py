@@ -16,6 +16,7 @@ from pathlib import Path
 
 from wantrt.bundle import BUILD_LOG
 from wantrt.config import find_variant
+from wantrt.experts import is_list_of_experts, parse_experts
 from wantrt.pieces import is_untouched, read_log
 
 NANO = Path(__file__).parent / "nano" / "checkpoint"  # what ships with wantrt
@@ -31,12 +32,12 @@ PACKAGES = (
 
 def write_receipt(asked: Mapping[str, object]) -> str | None:
     """The receipt for what is asked now (the arguments of `plan_build`); None: cannot be said."""
-    source = _find_source(asked)
-    if source is None:
-        return None
-    files = _stamps(Path(source)) if os.path.isdir(source) else {}
-    if not files and not source.startswith("random:"):
-        return None
+    files: dict[str, tuple[int, int, int]] = {}
+    for source in _find_sources(asked):
+        stamps = _stamps(Path(source)) if source and os.path.isdir(source) else {}
+        if not stamps and not (source or "").startswith("random:"):
+            return None
+        files |= stamps
     content = {
         "asked": {name: str(value) for name, value in asked.items()},
         "code": _stamps(Path(__file__).parent, "*.py"),
@@ -59,12 +60,18 @@ def find_done(out: Path | None, receipt: str | None) -> Path | None:
     return None
 
 
-def _find_source(asked: Mapping[str, object]) -> str | None:
-    """The folder of the checkpoint, or random:SEED. None: it may have to be downloaded."""
-    source = str(asked.get("checkpoint") or "")
+def _find_sources(asked: Mapping[str, object]) -> list[str | None]:
+    """The folder of each checkpoint, or random:SEED. None: it may have to be downloaded."""
+    source = str(asked.get("experts") or asked.get("checkpoint") or "")
+    if is_list_of_experts(source):
+        return [_find_local(one.checkpoint) for one in parse_experts(source)]
     if not source:
         variant = find_variant(str(asked.get("variant")))
         source = str(NANO) if variant.name == "nano" else variant.repo_id or ""
+    return [_find_local(source)]
+
+
+def _find_local(source: str) -> str | None:
     if not source:
         return None
     if source.startswith("random:") or os.path.isdir(source):

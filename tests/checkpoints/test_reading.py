@@ -107,7 +107,7 @@ def test_two_experts(tmp_path):
         folder = write_small(tmp_path / layout, layout, variant="t2v-a14b")
         checkpoint = open_checkpoint(folder)
         assert list(checkpoint.parts) == ["text_encoder", "high_noise", "low_noise", "vae"]
-        assert checkpoint.variant.boundary_ratio == 0.875
+        assert checkpoint.variant.boundary_ratios == (0.875,)
         high, low = (
             next(checkpoint.read(part, torch.float32))[1] for part in ("high_noise", "low_noise")
         )

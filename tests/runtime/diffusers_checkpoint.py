@@ -24,7 +24,7 @@ def make_pipeline(*, experts: int = 1, flow_shift: float = 3.0) -> WanPipeline:
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    transformers = [_transformer() for _ in range(experts)]
+    transformers = [make_transformer() for _ in range(experts)]
     return WanPipeline(
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
@@ -45,15 +45,16 @@ def save(pipeline: WanPipeline, folder: Path) -> Path:
     return folder
 
 
-def _transformer() -> WanTransformer3DModel:
+def make_transformer(num_heads: int = 2, num_layers: int = 2) -> WanTransformer3DModel:
+    """Blocks of width 32 a head."""
     model = WanTransformer3DModel(
-        num_attention_heads=2,
+        num_attention_heads=num_heads,
         attention_head_dim=32,
         in_channels=16,
         out_channels=16,
         text_dim=48,
         ffn_dim=96,
-        num_layers=2,
+        num_layers=num_layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
     ).eval()

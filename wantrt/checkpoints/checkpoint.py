@@ -52,12 +52,16 @@ LISTED = 50  # names of one kind that an error lists
 
 @dataclass(frozen=True)
 class Part:
-    """One module's weights: what they are (config), where they are (tensors) and how named."""
+    """One module's weights: what they are (config), where they are (tensors) and how named.
+
+    `origin` is what generated weights follow from.
+    """
 
     name: str
     config: PartConfig
     tensors: StoredTensors
     layout: Layout
+    origin: str | None = None
 
     def module(self, dtype: torch.dtype) -> nn.Module:
         """The reference module on the meta device."""
@@ -93,6 +97,27 @@ class Part:
         if self.layout == "prepared" or len(flat) > 1:
             return flat
         return list(flat[0].chunk(self.names.finest(name)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of dimensions, stored dtypes and a sample of every tensor: not of its layout.
+
+        Any real change (training, merging, quantising) shows in it; a change of a few values that
+        somebody places on purpose need not.
+        """
+        digest = hashlib.sha256(repr(self.config).encode())
+        if self.origin is not None:
+            digest.update(self.origin.encode())
+            return digest.hexdigest()
+        for name in self.shapes:
+            digest.update(name.encode())
+            for flat in self.stored(name):
+                middle = flat.numel() // 2
+                digest.update(str(flat.dtype).encode())
+                for start in (0, middle, max(0, flat.numel() - SAMPLE)):
+                    values = flat[start : start + SAMPLE].contiguous()
+                    digest.update(values.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def problems(self) -> list[str]:
         """What is missing, misshapen, unexpected or no weight at all; from headers alone."""
@@ -160,7 +185,7 @@ class Checkpoint:
     """
 
     variant: Variant
-    layout: Layout | None  # None: generated
+    layout: str | None  # of its files; None: generated
     parts: Mapping[str, Part]
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -213,25 +238,9 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of dimensions, stored dtypes and a sample of every tensor: not of its layout.
-
-        Any real change (training, merging, quantising) shows in it; a change of a few values that
-        somebody places on purpose need not.
-        """
-        digest = hashlib.sha256(repr(part_configs(self.variant)).encode())
-        if self.layout is None:
-            digest.update(self.source.encode())
-            return digest.hexdigest()
-        for part in self.parts.values():
-            for name in part.shapes:
-                digest.update(f"{part.name}/{name}".encode())
-                for flat in part.stored(name):
-                    middle = flat.numel() // 2
-                    digest.update(str(flat.dtype).encode())
-                    for start in (0, middle, max(0, flat.numel() - SAMPLE)):
-                        values = flat[start : start + SAMPLE].contiguous()
-                        digest.update(values.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Of all parts by name: which weights these are, whatever is done with them."""
+        named = [(name, part.fingerprint) for name, part in self.parts.items()]
+        return hashlib.sha256(repr(named).encode()).hexdigest()
 
     def read(self, part: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """The prepared tensors of a part, one at a time, in the order of the module's parameters.

@@ -328,7 +328,7 @@ def model_index(variant: Variant) -> dict[str, Any]:
     }
     return {
         "_class_name": DIFFUSERS_PIPELINES.get(variant.task, "WanPipeline"),
-        "boundary_ratio": variant.boundary_ratio,
+        "boundary_ratio": variant.boundary_ratios[0] if two else None,
         "expand_timesteps": variant.task == "ti2v",
         **(image_parts if variant.task in ("i2v", "flf2v", "animate") else {}),
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],

@@ -16,6 +16,7 @@ from wantrt.checkpoints.configs import Fields
 from wantrt.checkpoints.folder import Folder
 from wantrt.checkpoints.generate import GeneratedTensors
 from wantrt.checkpoints.hub import fetch
+from wantrt.checkpoints.hybrid import join
 from wantrt.checkpoints.names import HF_IMAGE_PREFIX, Layout
 from wantrt.checkpoints.tensors import StoredTensors, Unprefixed
 from wantrt.checkpoints.variants import identify, with_dimensions
@@ -30,6 +31,7 @@ from wantrt.config import (
     require_task,
 )
 from wantrt.errors import CheckpointError, SettingsError
+from wantrt.experts import is_list_of_experts, parse_experts
 
 log = logging.getLogger("wantrt")
 
@@ -59,7 +61,8 @@ DIFFUSERS_TASKS = {
 def open_checkpoint(source: str | Path | None = None, variant: str | None = None) -> Checkpoint:
     """Open a checkpoint and check it, reading nothing but headers.
 
-    `source` is a folder (official or Diffusers layout), a Hugging Face repository id, or
+    `source` is a folder (official or Diffusers layout), a Hugging Face repository id, experts of
+    several sources (wantrt/experts.py), or
     ``random:SEED`` (generated weights; ``random:SEED:dim=256,num_heads=4,vae.encoder_dim=32``
     changes dimensions: plain names are the transformer's, ``vae.``, ``text_encoder.`` and
     ``image_encoder.`` the others'). None is the official repository of `variant`, and what ships
@@ -76,6 +79,8 @@ def open_checkpoint(source: str | Path | None = None, variant: str | None = None
         checkpoint = _generated(text, requested or VARIANTS["nano"])
     elif os.path.isdir(text):  # Path.is_dir raises where a text is too long for a name
         checkpoint = _open_folder(Path(text), text, requested)
+    elif is_list_of_experts(text):
+        checkpoint = _open_hybrid(text, requested)
     elif REPO_ID.fullmatch(text):
         checkpoint = fetch(text, lambda path: _open_folder(path, text, requested))
     else:
@@ -87,6 +92,16 @@ def open_checkpoint(source: str | Path | None = None, variant: str | None = None
     for note in checkpoint.notes:
         log.info(note)
     return checkpoint
+
+
+def _open_hybrid(text: str, requested: Variant | None) -> Checkpoint:
+    if requested is not None:
+        raise SettingsError(
+            f"the experts name their variants: leave --variant {requested.name} out"
+        )
+    ranges = parse_experts(text)
+    opened = [open_checkpoint(one.checkpoint, one.split_name()[0]) for one in ranges]
+    return join(ranges, opened)
 
 
 def _default_source(requested: Variant | None) -> str:
@@ -119,6 +134,7 @@ def _generated(source: str, row: Variant) -> Checkpoint:
             config=config,
             tensors=GeneratedTensors(int(match[1]), name, meta_module(config, torch.float32)),
             layout="prepared",
+            origin=f"random:{match[1]}/{name}",
         )
         for name, config in part_configs(variant).items()
     }
@@ -277,8 +293,8 @@ class _Opening:
         recorded = {"model_index": index, "scheduler_config": self._scheduler()}
         variant, note = self._identify(task, dits, vae_config, text_config, image_config)
         ratio = index.get("boundary_ratio")
-        if variant.name == "custom" and two and isinstance(ratio, float):
-            variant = replace(variant, boundary_ratio=ratio)
+        if variant.name == "custom" and two and ratio is not None:
+            variant = replace(variant, boundary_ratios=(self._boundary_ratio(ratio),))
         return self._checkpoint(
             (variant, note),
             tensors.values(),
@@ -340,6 +356,14 @@ class _Opening:
         if values is None:
             raise CheckpointError(f"{self.source} has no {name}. Download or copy it too.")
         return Fields(self.folder.path / name, values)
+
+    def _boundary_ratio(self, ratio: object) -> float:
+        if not isinstance(ratio, float) or not 0 < ratio < 1:
+            raise CheckpointError(
+                f"{self.folder.path / 'model_index.json'} says boundary_ratio is {ratio!r}. "
+                "Expected a sigma between 0 and 1, as 0.875."
+            )
+        return ratio
 
     def _scheduler(self) -> dict[str, Any]:
         """The recorded scheduler; its shift, which `--convention diffusers` takes, is a number."""

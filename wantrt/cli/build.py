@@ -56,6 +56,14 @@ def parse_count(text: str) -> int:
     "[default: the variant's repository]",
 )
 @click.option(
+    "--experts",
+    metavar="NAME@CHECKPOINT:FROM-TO,…",
+    help="A hybrid schedule instead of one checkpoint: variants with their checkpoints, and the "
+    "sigmas that each serves, from 1 down to 0, as in 14B@FOLDER:1.0-0.9,1.3B@FOLDER:0.9-0. Of "
+    "several experts, one: t2v-a14b.high_noise@FOLDER:1.0-0.9. Text encoder, VAE and defaults are "
+    "the first one's.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder of the bundle. [default: VARIANT-PRECISION here]",
@@ -112,8 +120,8 @@ def build(
 
     A second build makes nothing; an interrupted one goes on where it stopped.
     """
-    if asked["variant"] is None and asked["checkpoint"] is None:
-        raise click.UsageError("name a model with --variant or --checkpoint, or both")
+    if asked["variant"] is asked["checkpoint"] is asked["experts"] is None:
+        raise click.UsageError("name a model with --variant or --checkpoint, or both, or --experts")
     asked["with_weights"] = not no_weights
 
     from wantrt.bundle import Bundle

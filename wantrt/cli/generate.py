@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 @click.option("--frames", "num_frames", type=int, metavar="N", help="4n + 1 of them.")
 @click.option("--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps.")
 @click.option("--guidance-scale", type=float, metavar="X", help="1 is no guidance.")
-@click.option("--guidance-scale-2", type=float, metavar="X", help="Of the low-noise expert.")
+@click.option("--guidance-scale-2", type=float, metavar="X", help="Of the experts after the first.")
 @click.option("--flow-shift", type=float, metavar="X", help="More: more steps at high noise.")
 @click.option("--solver", metavar="NAME", help="unipc, dpm++ or euler.")
 @click.option(

@@ -142,6 +142,13 @@ def show_bundle(console: Console, bundle: "Bundle") -> None:
         f"{about['checkpoint']['layout']} layout, {about['checkpoint']['fingerprint'][:16]}",
     )
     facts.add_row("starts from", about["starts_from"])
+    for name, expert in about["experts"].items():
+        start, end = expert["sigmas"]
+        facts.add_row(
+            "expert",
+            f"{name}: sigma {start:g} to {end:g}, guidance {expert['guidance_scale']:g}, "
+            f"{expert['num_layers']} blocks of {expert['dim']}",
+        )
     facts.add_row("bytes", gib(about["bytes"]))
     facts.add_row("made with", ", ".join(f"{name} {v}" for name, v in about["tools"].items()))
     if scheduler := about["settings"].get("scheduler_config"):

@@ -218,8 +218,9 @@ class Pipeline:
         """Yield frames uint8 [T, H, W, 3] as they are decoded: 1, then 4 at a time.
 
         settings (all optional): negative_prompt, size (width, height), num_frames,
-        num_inference_steps, guidance_scale, guidance_scale_2, flow_shift, solver, convention, seed,
-        noise, and what the task takes: image, last_image, video, mask, reference_images (paths, PIL
+        num_inference_steps, guidance_scale (the first expert's), guidance_scale_2 (that of those
+        after it) or guidance_scales (one an expert), flow_shift, solver, convention, seed, noise,
+        and what the task takes: image, last_image, video, mask, reference_images (paths, PIL
         images or arrays), fit, context_scale; or `prompt` is what `resolve` returned. init_latents:
         [1, C, F, H, W] in the place of the noise. callback: called with `Progress` after every
         piece of work; returning False cancels (CancelledError). timings: filled with seconds by
@@ -237,6 +238,12 @@ class Pipeline:
         return {
             "software": f"wantrt {__version__}",
             "variant": self.variant.name,
+            "experts": {
+                expert.name: list(sigmas)
+                for expert, sigmas in zip(
+                    self.variant.experts, self.variant.sigma_ranges, strict=True
+                )
+            },
             "bundle": self.bundle.fingerprint,
             "runtime": self.runtime.name,
             "precision": dict(self.bundle.precision),
@@ -454,14 +461,12 @@ class Pipeline:
 
     def _stages(self, settings: Settings, grid: Grid) -> list[Stage]:
         """Each expert with the steps it serves."""
-        total = grid.num_inference_steps
-        boundary = self.variant.boundary_ratio
-        high = total if boundary is None else count_high_noise_steps(grid, boundary)
-        steps = [range(high)] if boundary is None else [range(high), range(high, total)]
+        ends = [count_high_noise_steps(grid, ratio) for ratio in self.variant.boundary_ratios]
+        ends.append(grid.num_inference_steps)
         return [
-            Stage(transformer, steps, scale)
-            for transformer, steps, scale in zip(
-                self.transformers, steps, settings.guidance_scales, strict=True
+            Stage(transformer, range(start, end), scale)
+            for transformer, start, end, scale in zip(
+                self.transformers, [0, *ends], ends, settings.guidance_scales, strict=False
             )
         ]
 

@@ -8,7 +8,7 @@ are those of the diffusers Wan pipelines.
 import logging
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -80,6 +80,7 @@ def resolve(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     guidance_scale_2: float | None = None,
+    guidance_scales: Sequence[float] | None = None,
     flow_shift: float | None = None,
     solver: str | None = None,
     convention: str = "official",
@@ -103,22 +104,15 @@ def resolve(
         log.warning("the prompt is empty: the video will show anything")
     if context_scale is not None and variant.task != "vace":
         raise SettingsError(f"context_scale is for VACE models; {variant.name} is none")
-    if guidance_scale_2 is not None and len(variant.experts) == 1:
-        raise SettingsError(
-            f"guidance_scale_2 is for the low-noise expert; {variant.name} has one expert"
-        )
-    scales = [expert.guidance_scale for expert in variant.experts]
+    scales = _choose_scales(variant, convention, guidance_scale, guidance_scale_2, guidance_scales)
     steps, shift, kind = variant.num_inference_steps, variant.flow_shift_for(size), variant.solver
     negative = variant.negative_prompt
     if convention == "diffusers":
         scheduler = recorded.get("scheduler_config", {})
-        scales = [DIFFUSERS_GUIDANCE_SCALE if guidance_scale is None else guidance_scale] * 2
         steps, negative = DIFFUSERS_STEPS, ""
         written = (scheduler.get(key) for key in ("flow_shift", "shift"))
         shift = next((value for value in written if value is not None), shift)
         kind = DIFFUSERS_SOLVERS.get(scheduler.get("_class_name", ""), kind)
-    asked = (guidance_scale, guidance_scale_2)
-    scales = [d if a is None else a for d, a in zip(scales, asked, strict=False)]
     solver = kind if solver is None else solver
     check_name("solver", solver, SOLVERS)
     settings = Settings(
@@ -127,7 +121,7 @@ def resolve(
         size=size,
         num_frames=num_frames,
         num_inference_steps=steps if num_inference_steps is None else num_inference_steps,
-        guidance_scales=tuple(scales[: len(variant.experts)]),
+        guidance_scales=scales,
         flow_shift=float(shift if flow_shift is None else flow_shift),
         solver=solver,
         convention=convention,
@@ -147,6 +141,37 @@ def resolve(
     if noise == "cuda" and not _has_cuda():
         raise SettingsError("noise cuda needs a GPU, and torch finds none; use --noise cpu")
     return settings
+
+
+def _choose_scales(
+    variant: Variant,
+    convention: str,
+    first: float | None,
+    others: float | None,
+    every: Sequence[float] | None,
+) -> tuple[float, ...]:
+    """The guidance scale of each expert: of the first, of those after it, or of every one."""
+    count = len(variant.experts)
+    if others is not None and count == 1:
+        raise SettingsError(
+            f"guidance_scale_2 is for the experts after the first; {variant.name} has one expert"
+        )
+    if every is not None:
+        if (first, others) != (None, None):
+            raise SettingsError("guidance_scales are all of them; give no other guidance_scale")
+        if len(every) != count or not all(type(scale) in (int, float) for scale in every):
+            raise SettingsError(
+                f"guidance_scales are {list(every)}; {variant.name} takes {count} number(s), one "
+                "an expert"
+            )
+        return tuple(map(float, every))
+    defaults = [expert.guidance_scale for expert in variant.experts]
+    if convention == "diffusers":
+        defaults = [DIFFUSERS_GUIDANCE_SCALE if first is None else first] * count
+    return tuple(
+        default if asked is None else asked
+        for default, asked in zip(defaults, [first] + [others] * (count - 1), strict=True)
+    )
 
 
 def _has_cuda() -> bool:

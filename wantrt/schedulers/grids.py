@@ -75,9 +75,9 @@ def make_grid(solver: str, convention: str, num_inference_steps: int, flow_shift
 
 
 def count_high_noise_steps(grid: Grid, boundary_ratio: float) -> int:
-    """How many of the first steps belong to the high-noise expert: those with t >= 1000 * boundary.
+    """How many of the first steps belong to the experts above it: those with t >= 1000 * boundary.
 
-    Timesteps only fall, so the rest belongs to the low-noise expert.
+    Timesteps only fall, so the rest belongs to the experts below.
     """
     return int(np.count_nonzero(grid.timesteps >= boundary_ratio * TRAIN_TIMESTEPS))
 
