@@ -9,7 +9,13 @@ from diffusers import (
 )
 
 from wantrt.errors import SettingsError
-from wantrt.schedulers.grids import CONVENTIONS, SOLVERS, count_high_noise_steps, make_grid
+from wantrt.schedulers.grids import (
+    CONVENTIONS,
+    SOLVERS,
+    count_high_noise_steps,
+    make_grid,
+    split_steps,
+)
 
 STEPS = [1, 2, 4, 20, 50]
 SHIFTS = [1.0, 3.0, 5.0, 12.0, 16.0]
@@ -77,6 +83,18 @@ def test_grid_is_sound(solver, convention):
         assert grid.sigmas[-1] == 0
         assert (np.diff(grid.sigmas) < 0).all()
         np.testing.assert_array_equal(grid.sigmas, grid.sigmas.astype(np.float32))
+
+
+def test_every_step_has_one_expert():
+    grid = make_grid("unipc", "official", 40, 12.0)
+    assert split_steps(grid, ()) == [range(40)]
+    assert split_steps(grid, (0.875,)) == [range(26), range(26, 40)]
+    assert split_steps(grid, (0.9999, 0.875, 0.0001)) == [
+        range(0),
+        range(26),
+        range(26, 40),
+        range(40, 40),
+    ]
 
 
 def test_experts_split_as_released():

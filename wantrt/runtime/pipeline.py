@@ -53,7 +53,7 @@ from wantrt.runtime.sizes import (
     vae_symbols,
 )
 from wantrt.runtime.text import TextEncoder
-from wantrt.schedulers.grids import Grid, count_high_noise_steps, make_grid
+from wantrt.schedulers.grids import Grid, make_grid, split_steps
 from wantrt.schedulers.noise import draw_noise
 from wantrt.session import Session
 from wantrt.tasks.clip_image import clip_pixels
@@ -461,14 +461,8 @@ class Pipeline:
 
     def _stages(self, settings: Settings, grid: Grid) -> list[Stage]:
         """Each expert with the steps it serves."""
-        ends = [count_high_noise_steps(grid, ratio) for ratio in self.variant.boundary_ratios]
-        ends.append(grid.num_inference_steps)
-        return [
-            Stage(transformer, range(start, end), scale)
-            for transformer, start, end, scale in zip(
-                self.transformers, [0, *ends], ends, settings.guidance_scales, strict=False
-            )
-        ]
+        steps = split_steps(grid, self.variant.boundary_ratios)
+        return list(map(Stage, self.transformers, steps, settings.guidance_scales))
 
 
 def _memory_is_full(error: torch.OutOfMemoryError) -> ExecutionError:

@@ -15,7 +15,7 @@ that few-step distilled checkpoints are trained on (4 steps, shift 5: 1000, 937,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,13 @@ def count_high_noise_steps(grid: Grid, boundary_ratio: float) -> int:
     Timesteps only fall, so the rest belongs to the experts below.
     """
     return int(np.count_nonzero(grid.timesteps >= boundary_ratio * TRAIN_TIMESTEPS))
+
+
+def split_steps(grid: Grid, boundary_ratios: Sequence[float]) -> list[range]:
+    """The steps of each expert; the next one takes over below a boundary. Some may have none."""
+    ends = [count_high_noise_steps(grid, ratio) for ratio in boundary_ratios]
+    ends.append(grid.num_inference_steps)
+    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _shift(sigmas: Array, flow_shift: float) -> Array:
