@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.small import copy_bundle, small_bundle, small_checkpoint
-from wantrt.build import default_bundle, plan_build
+from wantrt.build import open_bundle, plan_build
 from wantrt.bundle import BUILD_LOG, MANIFEST, Bundle
-from wantrt.checkpoints.opening import NANO
 from wantrt.errors import (
     BuildError,
     BundleError,
@@ -291,12 +290,12 @@ def test_what_cannot_be_built_is_refused_before_any_work(
     assert not isinstance(raised.value, RuntimeUnavailableError)
 
 
-@pytest.mark.skipif(not NANO.is_dir(), reason="the nano checkpoint is not there yet")
-def test_the_shipped_checkpoint_is_built_once() -> None:
-    first = default_bundle()
+@pytest.mark.parametrize("name", ["nano"])
+def test_what_ships_is_built_once(name: str) -> None:
+    first = open_bundle(name)
     before = inodes(first.path)
-    assert default_bundle().path == first.path
+    assert open_bundle(name).path == first.path
     assert inodes(first.path) == before
-    assert first.variant.name == "nano"
+    assert first.variant.name == name
     flip_byte(first.path / "graphs/dit_stack.onnx")
-    assert default_bundle().fingerprint == first.fingerprint
+    assert open_bundle(name).fingerprint == first.fingerprint

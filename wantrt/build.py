@@ -7,6 +7,7 @@ alone; all give the same bytes. The manifest is written last: without one there 
 
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from wantrt.bundle import BUILD_LOG, MANIFEST, Bundle
 from wantrt.checkpoints import Checkpoint, open_checkpoint
-from wantrt.checkpoints.opening import NANO
-from wantrt.config import DiTConfig, Size, Variant
+from wantrt.config import SHIPPED, DiTConfig, Size, Variant
 from wantrt.errors import BuildError, BundleError, SettingsError, UnsupportedTaskError
 from wantrt.experts import ExpertRange, parse_experts, write_experts
 from wantrt.export.graph import export_component
@@ -310,14 +310,22 @@ def plan_build(
     )
 
 
-def default_bundle(progress: Progress = silent) -> Bundle:
-    """The nano checkpoint that ships with wantrt, built once into the user's cache folder."""
-    key = make_key(_hash_files(NANO), _hash_code())
-    folder = cache_folder() / "bundles" / f"nano-{key[:16]}"
+def open_bundle(
+    bundle: str | os.PathLike[str] | None = None, progress: Progress = silent
+) -> Bundle:
+    """A bundle by its folder, or by the name of a variant that ships with wantrt (None: nano).
+
+    What ships is built once, into the user's cache folder. Raises BundleError.
+    """
+    name = "nano" if bundle is None else os.fspath(bundle)
+    if name not in SHIPPED or os.path.isdir(name):
+        return Bundle.load(Path(name))
+    key = make_key(_hash_files(SHIPPED[name]), _hash_code())
+    folder = cache_folder() / "bundles" / f"{name}-{key[:16]}"
     try:
         return Bundle.load(folder)
     except BundleError:  # not there yet, or damaged
-        plan = plan_build(variant="nano", out=folder, precision="fp32")
+        plan = plan_build(variant=name, out=folder, precision="fp32")
         return plan.run(wait=True, progress=progress)
 
 

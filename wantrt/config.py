@@ -7,7 +7,9 @@ Sources: the official Wan-Video/Wan2.1 and Wan-Video/Wan2.2 repositories (``wan/
 of the command line) and the published ``config.json`` files.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from wantrt.errors import SettingsError, UnsupportedTaskError
 from wantrt.names import check_name
@@ -554,6 +556,12 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 
+
+# Variant -> its checkpoint, for those that ship with wantrt.
+SHIPPED: Mapping[str, Path] = {
+    "nano": Path(__file__).parent / "nano" / "checkpoint",
+    "nano-i2v": Path(__file__).parent / "nano" / "checkpoint_i2v",
+}
 
 # That work today; what each takes, and does before the loop, is in wantrt/tasks.
 TASKS = ("t2v", "i2v", "flf2v", "ti2v", "vace")

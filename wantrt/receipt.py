@@ -15,11 +15,10 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from wantrt.bundle import BUILD_LOG
-from wantrt.config import find_variant
+from wantrt.config import SHIPPED, find_variant
 from wantrt.experts import is_list_of_experts, parse_experts
 from wantrt.pieces import is_untouched, read_log
 
-NANO = Path(__file__).parent / "nano" / "checkpoint"  # what ships with wantrt
 PACKAGES = (
     "torch",
     "onnx",
@@ -67,7 +66,7 @@ def _find_sources(asked: Mapping[str, object]) -> list[str | None]:
         return [_find_local(one.checkpoint) for one in parse_experts(source)]
     if not source:
         variant = find_variant(str(asked.get("variant")))
-        source = str(NANO) if variant.name == "nano" else variant.repo_id or ""
+        source = str(SHIPPED.get(variant.name) or variant.repo_id or "")
     return [_find_local(source)]
 
 

@@ -4,7 +4,10 @@ from itertools import combinations as pairs
 from wantrt.nano.scenes import (
     COLOURS,
     HELD_OUT_FILE,
+    HELD_OUT_I2V_FILE,
+    MOTIONS,
     combinations,
+    held_out_cases,
     held_out_prompts,
     load_held_out,
     split,
@@ -38,6 +41,16 @@ def test_the_committed_list_is_the_generated_one_and_shows_only_held_out_combina
     for entry in prompts:
         assert (entry["colour"], entry["shape"], entry["motion"]) not in training
         assert any(colour in entry["prompt"] for colour in (*COLOURS, "violet", "turquoise", "mag"))
+
+
+def test_cases_that_start_from_an_image_are_held_out_too_and_say_what_they_show():
+    cases = load_held_out(HELD_OUT_I2V_FILE)
+    assert len(cases) == 60
+    assert cases == held_out_cases()
+    assert {(c["colour"], c["shape"], c["motion"]) for c in cases} == set(split()[1])
+    for case in cases:
+        said = [phrase for phrase in MOTIONS[case["motion"]] if phrase in case["prompt"]]
+        assert said, case
 
 
 def test_the_list_is_json_lines_with_a_prompt_and_a_seed():

@@ -21,6 +21,7 @@ from wantrt.checkpoints.names import HF_IMAGE_PREFIX, Layout
 from wantrt.checkpoints.tensors import StoredTensors, Unprefixed
 from wantrt.checkpoints.variants import identify, with_dimensions
 from wantrt.config import (
+    SHIPPED,
     VARIANTS,
     DiTConfig,
     ImageEncoderConfig,
@@ -35,7 +36,6 @@ from wantrt.experts import is_list_of_experts, parse_experts
 
 log = logging.getLogger("wantrt")
 
-NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 RANDOM = re.compile(r"random:(\d+)(?::(.*))?")
 NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
@@ -65,8 +65,8 @@ def open_checkpoint(source: str | Path | None = None, variant: str | None = None
     several sources (wantrt/experts.py), or
     ``random:SEED`` (generated weights; ``random:SEED:dim=256,num_heads=4,vae.encoder_dim=32``
     changes dimensions: plain names are the transformer's, ``vae.``, ``text_encoder.`` and
-    ``image_encoder.`` the others'). None is the official repository of `variant`, and what ships
-    with wantrt for nano.
+    ``image_encoder.`` the others'). None is the official repository of `variant`, or what ships
+    with wantrt (nano, nano-i2v).
 
     Raises CheckpointError for what is missing, damaged or does not fit, SettingsError for what is
     asked wrongly, UnsupportedTaskError for a task that is not there yet.
@@ -105,16 +105,17 @@ def _open_hybrid(text: str, requested: Variant | None) -> Checkpoint:
 
 
 def _default_source(requested: Variant | None) -> str:
-    if requested is None or requested.name == "nano":
-        if not NANO.is_dir():
-            raise CheckpointError(
-                f"the nano checkpoint is missing from this installation: {NANO}. Install wantrt "
-                "again, or name a checkpoint with --checkpoint."
-            )
-        return str(NANO)
-    if requested.repo_id is None:
-        raise SettingsError(f"{requested.name} has no repository. Name one with --checkpoint.")
-    return requested.repo_id
+    row = requested or VARIANTS["nano"]
+    shipped = SHIPPED.get(row.name)
+    if shipped is not None and not shipped.is_dir():
+        raise CheckpointError(
+            f"the {row.name} checkpoint is missing from this installation: {shipped}. Install "
+            "wantrt again, or name a checkpoint with --checkpoint."
+        )
+    source = str(shipped) if shipped else row.repo_id
+    if source is None:
+        raise SettingsError(f"{row.name} has no repository. Name one with --checkpoint.")
+    return source
 
 
 # -- Generated ------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def _generated(source: str, row: Variant) -> Checkpoint:
         )
         for name, config in part_configs(variant).items()
     }
-    tokenizer = NANO / DIFFUSERS_TOKENIZER  # any will do: the weights know no words
+    tokenizer = SHIPPED["nano"] / DIFFUSERS_TOKENIZER  # any will do: the weights know no words
     return Checkpoint(
         variant=variant,
         layout=None,

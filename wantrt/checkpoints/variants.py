@@ -69,7 +69,7 @@ def identify(
             return with_dimensions(row, dits, *encoders), None
     fitting = [row for row in rows if with_dimensions(row, dits, *encoders) == row]
     if not fitting:
-        nearest = min(rows, key=lambda row: _distance(row, dits))
+        nearest = min(rows, key=lambda row: _distance(row, dits, image_encoder))
         return with_dimensions(nearest, dits, *encoders), None
     chosen = fitting[0]
     twins = [
@@ -113,9 +113,11 @@ def _disagreement(
     )
 
 
-def _distance(row: Variant, dits: Sequence[DiTConfig]) -> float:
+def _distance(
+    row: Variant, dits: Sequence[DiTConfig], image_encoder: ImageEncoderConfig | None
+) -> float:
     """How far the dimensions are from a row's: the sum of the logarithms of their ratios."""
-    total = 0.0
+    total = math.inf if image_encoder and not row.image_encoder else 0.0
     for expert, dit in zip(row.experts, dits, strict=True):
         ours = asdict(expert.dit)
         for name in ("dim", "ffn_dim", "num_layers", "text_dim"):

@@ -1,5 +1,6 @@
 """``wantrt generate``: videos from prompts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 @command()
 @click.argument("prompt", required=False)
-@click.option("--bundle", type=click.Path(path_type=Path), help="[default: nano, which ships]")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="A folder, or what ships. [default: nano; nano-i2v with --image]",
+)
 @click.option(
     "--runtime",
     default="auto",
@@ -114,8 +119,7 @@ def generate(
         raise click.UsageError("--latents and --init-latents of many videos go into their lines")
 
     from wantrt.batch import Failed, generate_all
-    from wantrt.build import default_bundle
-    from wantrt.bundle import Bundle
+    from wantrt.build import open_bundle
     from wantrt.jobs import Job, read_prompts
 
     given = {name: value for name, value in settings.items() if value not in (None, ())}
@@ -124,7 +128,7 @@ def generate(
         jobs = [with_defaults(job, given) for job in read_prompts(prompts)]
     results: list[Made | Failed] = []
     with console.progress() as progress:
-        loaded = Bundle.load(bundle) if bundle else default_bundle(progress)
+        loaded = open_bundle(bundle or default_bundle(jobs), progress)
         folder = Path(out or ".") if prompts else Path()
         for result in generate_all(
             loaded,
@@ -152,6 +156,12 @@ def generate(
         }
     )
     return 1 if failed else 0
+
+
+def default_bundle(jobs: "Sequence[Job | WantrtError]") -> str:
+    """What ships and takes what the jobs start from."""
+    from_image = [not isinstance(job, Exception) and "image" in job.settings for job in jobs]
+    return "nano-i2v" if any(from_image) else "nano"
 
 
 def with_defaults(job: "Job | WantrtError", given: dict[str, Any]) -> "Job | WantrtError":

@@ -12,7 +12,11 @@ NAMED = 20  # weights of one kind that are listed
 
 
 @command()
-@click.option("--bundle", type=click.Path(path_type=Path), help="[default: nano, which ships]")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="A folder, nano or nano-i2v, which ship. [default: nano]",
+)
 @click.option(
     "--checkpoint", metavar="SOURCE", help="[default: what the bundle was built from here]"
 )
@@ -42,13 +46,12 @@ def verify(
 
     Also hashes every file, and names weights that hold NaN or are not the checkpoint's.
     """
-    from wantrt.build import default_bundle
-    from wantrt.bundle import Bundle
+    from wantrt.build import open_bundle
     from wantrt.cli.info import table
     from wantrt.verify import verify as verify_bundle
 
     with console.progress() as progress:
-        loaded = Bundle.load(bundle) if bundle else default_bundle(progress)
+        loaded = open_bundle(bundle, progress)
         report = verify_bundle(
             loaded,
             checkpoint,

@@ -1,5 +1,8 @@
 """Does nano show what the prompts say?  ``python -m wantrt.nano.evaluate --out report.json``
 
+With ``--bundle nano-i2v`` videos start from images, drawn with the shape at rest in the middle, so
+that the prompt alone says how it moves; the report tells how well the first frame is that image.
+
 Generates a video for every held-out prompt (combinations of colour, shape and motion that training
 never saw), through the same pipeline as ``wantrt generate``, and lets the judge look at it. Beside
 it: how well the VAE reproduces real held-out clips, and how steady those are in the judge's eyes,
@@ -19,8 +22,9 @@ from numpy.typing import NDArray
 
 from wantrt.checkpoints.opening import open_checkpoint
 from wantrt.models.vae import VAE
+from wantrt.nano.clips import draw_clips, middle_paths
 from wantrt.nano.judge import Verdict, find_object, judge
-from wantrt.nano.scenes import load_held_out
+from wantrt.nano.scenes import HELD_OUT_I2V_FILE, Scene, load_held_out
 from wantrt.nano.train_vae import held_out_pixels
 from wantrt.runtime.pipeline import Pipeline
 
@@ -35,6 +39,25 @@ def evaluate_prompts(pipeline: Pipeline, prompts: Sequence[dict[str, Any]]) -> d
         video = pipeline(entry["prompt"], seed=entry["seed"])
         verdicts.append(judge(video.frames))
     return score(prompts, verdicts)
+
+
+def evaluate_cases(pipeline: Pipeline, cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same for videos that start from images, and the PSNR of their first frames in dB."""
+    verdicts, fidelity = [], []
+    for case in cases:
+        image = draw_image(case)
+        frames = pipeline(case["prompt"], image=image, seed=case["seed"]).frames
+        verdicts.append(judge(frames))
+        fidelity.append(psnr((((frames[0].astype(float) - image) / 127.5) ** 2).mean()))
+    first_frame = {"mean": float(np.mean(fidelity)), "worst": float(np.min(fidelity))}
+    return {**score(cases, verdicts), "first_frame_psnr": first_frame}
+
+
+def draw_image(case: dict[str, Any]) -> Frames:
+    """What a case starts from: its shape near the middle, uint8 [height, width, 3]."""
+    scene = Scene(case["colour"], case["shape"], case["motion"], case["background"])
+    clips = draw_clips([scene], case["seed"], num_frames=1, make_paths=middle_paths)
+    return clips[0, 0].numpy()
 
 
 def score(prompts: Sequence[dict[str, Any]], verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -109,15 +132,19 @@ def contact_sheet(clips: Sequence[Frames], every: int = 3) -> Frames:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="write the report here as JSON too")
-    parser.add_argument("--bundle", help="the default is the nano that ships with wantrt")
+    parser.add_argument("--bundle", help="a folder, nano (the default) or nano-i2v")
     parser.add_argument("--checkpoint", help="of the VAE; the default is nano's")
     parser.add_argument("--runtime", help="torch or onnxruntime")
     parser.add_argument("--prompts", type=int, default=0, help="only the first N")
     parser.add_argument("--clips", type=int, default=32, help="real clips for the VAE")
     arguments = parser.parse_args()
-    prompts = load_held_out()
+    count = arguments.prompts or None
     with Pipeline.load(arguments.bundle, arguments.runtime) as pipeline:
-        report = {"generated": evaluate_prompts(pipeline, prompts[: arguments.prompts or None])}
+        if pipeline.variant.task == "i2v":
+            cases = load_held_out(HELD_OUT_I2V_FILE)[:count]
+            report = {"generated": evaluate_cases(pipeline, cases)}
+        else:
+            report = {"generated": evaluate_prompts(pipeline, load_held_out()[:count])}
     vae = open_checkpoint(arguments.checkpoint, "nano").load("vae", torch.float32)
     assert isinstance(vae, VAE)
     report["vae"] = evaluate_vae(vae, arguments.clips)

@@ -1,13 +1,14 @@
 """What a nano clip can show, the words for it, and which combinations training never sees.
 
 A scene is a colour, a shape, a motion and a background. One combination of (colour, shape, motion)
-in six is held out: ``held_out.jsonl`` beside this file lists the prompts made from them.
+in six is held out: ``held_out.jsonl`` beside this file lists the prompts made from them,
+``held_out_i2v.jsonl`` the images and prompts.
 """
 
 import json
 import random
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice, product
 from pathlib import Path
 
 RGB = tuple[int, int, int]
@@ -49,6 +50,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 }
 
 HELD_OUT_FILE = Path(__file__).with_name("held_out.jsonl")
+HELD_OUT_I2V_FILE = Path(__file__).with_name("held_out_i2v.jsonl")
 _SPLIT_SEED = 7
 _HELD_OUT_SHARE = 0.18
 
@@ -123,10 +125,19 @@ def held_out_prompts() -> list[dict[str, str | int]]:
     return prompts
 
 
-def load_held_out() -> list[dict[str, str | int]]:
-    """The committed list (`held_out.jsonl`): prompt, seed, and what its video must show."""
-    lines = HELD_OUT_FILE.read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def held_out_cases() -> list[dict[str, str | int]]:
+    """The evaluation's cases that start from an image: the scene to draw, and a caption of it."""
+    rng = random.Random(_SPLIT_SEED)
+    cases: list[dict[str, str | int]] = []
+    for combination in islice(cycle(split()[1]), 60):
+        scene = Scene(*combination, rng.choice(list(BACKGROUNDS)))
+        cases.append({"prompt": caption(scene, rng), **asdict(scene), "seed": len(cases)})
+    return cases
+
+
+def load_held_out(file: Path = HELD_OUT_FILE) -> list[dict[str, str | int]]:
+    """A committed list: prompt, seed, and what the video must show, besides what an image shows."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 _ARTICLES = ("a", "a", "the", "one", "", "an", "a video of a", "there is a")

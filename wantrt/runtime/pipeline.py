@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -123,7 +122,7 @@ class Pipeline:
         text_encoder_on: str | None = None,
         trust_plans: bool = False,
     ) -> "Pipeline":
-        """Load a bundle, from its folder or open already; None is `nano`, which ships with wantrt.
+        """Load a bundle, from its folder or open already; "nano" (None) and "nano-i2v" ship.
 
         runtime: "tensorrt", "tensorrt-rtx", "onnxruntime" or "torch"; None takes the best one that
         bundle and machine share. residency: "resident", "phase" or "stream", which need less and
@@ -134,12 +133,9 @@ class Pipeline:
         """
         check_name("residency", residency, POLICIES)
         check_name("place of the text encoder", text_encoder_on or "cpu", ("cpu",))
-        if bundle is None:
-            from wantrt.build import default_bundle
+        from wantrt.build import open_bundle
 
-            loaded = default_bundle()
-        else:
-            loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
+        loaded = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         variant = loaded.variant
         require_task(variant.task, variant.name)
         chosen = choose_for(loaded, runtime)
