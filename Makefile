@@ -42,7 +42,7 @@ $(VENV)/.stamp-dev: $(INPUTS)
 # First tests, then measurements, which write bench/results/*.json.
 GPU_PIECES := 1 2 3 4 5 6
 GPU_1 := tests/gpu/test_runtime_on_gpu.py
-GPU_2 := tests/kernels tests/bench
+GPU_2 := tests/kernels tests/bench/test_on_kernels.py
 GPU_3 := tests/gpu
 BENCH_4 := kernels
 BENCH_5 := block
