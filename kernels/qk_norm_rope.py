@@ -81,10 +81,9 @@ def qk_norm_rope_kernel(
 
     start = batch.to(tl.int64) * batch_stride + token.to(tl.int64) * token_stride
     x = load_once(qkv_ptr, start + is_key * CHANNELS, channel, inside)
-    weight = load_shared(weight_ptr, 0, channel, inside)
-    x = rms_norm_row(x, weight, EPS, CHANNELS)
     cos = load_angles(cos_ptr, token, CHANNELS, HEAD_DIM // 2, BLOCK)
     sin = load_angles(sin_ptr, token, CHANNELS, HEAD_DIM // 2, BLOCK)
+    x = rms_norm_row(x, EPS, CHANNELS) * load_shared(weight_ptr, 0, channel, inside)
     out = rotate_pairs(x, cos, sin, BLOCK).to(out_ptr.dtype.element_ty)
 
     if HEADS_FIRST:

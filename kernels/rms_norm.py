@@ -52,9 +52,9 @@ def rms_norm_kernel(
     channel = tl.arange(0, BLOCK)
     inside = channel < CHANNELS
     x = load_once(x_ptr, row_start(x_stride), channel, inside)
-    weight = load_shared(weight_ptr, 0, channel, inside)
-    out = rms_norm_row(x, weight, EPS, CHANNELS).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row_start(CHANNELS) + channel, out, mask=inside)
+    out = rms_norm_row(x, EPS, CHANNELS) * load_shared(weight_ptr, 0, channel, inside)
+    at = row_start(CHANNELS) + channel
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("wantrt::rms_norm", mutates_args=())

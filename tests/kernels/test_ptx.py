@@ -138,6 +138,21 @@ def test_what_is_written_in_place_was_read_by_all_threads(dtype: torch.dtype) ->
     assert ptx.rindex("ld.global") < barrier < ptx.index("st.global")
 
 
+@pytest.mark.parametrize(
+    "name, loads_before", [("QkNormRope", 12), ("RmsNorm", 4), ("Modulate", 4)]
+)
+def test_what_a_cache_holds_is_read_after_the_sum_over_a_row(name: str, loads_before: int) -> None:
+    """So it takes no registers before, and memory is waited for once: for x, with its angles."""
+    ptx = compile_kernel(bind(name, "14B").source, 90).ptx
+    before, after = (
+        re.findall(r"ld\.global\S*", part)
+        for part in re.split(r"\bbar(?:rier)?\.", ptx, maxsplit=1)
+    )
+    assert len(before) == loads_before
+    assert not any("evict_last" in load for load in before)
+    assert all("evict_last" in load for load in after)
+
+
 def test_a_stride_that_is_no_multiple_of_16_is_not_said_to_be() -> None:
     plugin = PLUGINS["Modulate"]
     inputs, attributes = make_node("Modulate", "1.3B", BF16)
