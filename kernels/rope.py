@@ -88,6 +88,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     require_angles(op, x, seq_len, head_dim, cos, sin)
     require_device(op, x)
     out = torch.empty_like(x)
+    if out.stride(-1) != 1:
+        refuse(op, f"x overlaps itself (strides {x.stride()}): call .contiguous()")
     block = triton.next_power_of_2(num_heads * head_dim)
     with torch.cuda.device_of(x):
         rope_kernel[(batch * seq_len,)](
