@@ -169,12 +169,14 @@ def text(key: str) -> Cell:
     return lambda row: str(row.get(key, "") or "")
 
 
-def number(key: str, digits: int = 2, unit: str = "", scale: float = 1.0) -> Cell:
-    """A number, or the median of several; empty where there is none."""
+def number(
+    key: str, digits: int = 2, unit: str = "", scale: float = 1.0, part: str = "median"
+) -> Cell:
+    """A number, or the median (or another `part`) of several; empty where there is none."""
 
     def cell(row: Row) -> str:
         value = row.get(key)
-        value = value.get("median") if isinstance(value, Mapping) else value
+        value = value.get(part) if isinstance(value, Mapping) else value
         return "" if value is None else f"{value * scale:,.{digits}f}{unit}"
 
     return cell

@@ -383,13 +383,13 @@ def _latents(
             num_inference_steps=steps,
             seed=0,
             callback=keep,
-            **_small_source(pipe.variant, size, num_frames),
+            **synthetic_source(pipe.variant, size, num_frames),
         )
     return latents
 
 
-def _small_source(variant: Variant, size: Size, num_frames: int) -> dict[str, Any]:
-    """Something of everything that the task takes."""
+def synthetic_source(variant: Variant, size: Size, num_frames: int) -> dict[str, Any]:
+    """Something of everything that the task takes, by the names of the pipeline's settings."""
     width, height = size
     generator = np.random.default_rng(0)
     frames = generator.integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
