@@ -1,27 +1,33 @@
-"""How much memory a generation takes on the device, from formulas, before anything is loaded.
+"""How much memory a generation takes on the device, before anything is loaded.
 
-Weights, caches and buffers are exact. Scratch, what a component computes in, is an estimate: the
-widest moment of a block in the component's precision, in one arena for all, as they never run at
-once.
+Weights, caches and buffers follow from the shapes of the components; scratch, what a component
+computes in, is counted by running it without memory (wantrt/runtime/scratch.py). Components never
+run at once, so the largest scratch serves all.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 
 from wantrt.config import Size, Variant
 from wantrt.device import Device
 from wantrt.errors import SettingsError
 from wantrt.models.components import Component, part_components
+from wantrt.models.ops import Ops
 from wantrt.pieces import available_memory
 from wantrt.runtime.parts import STREAMED
 from wantrt.runtime.residency import POLICIES
+from wantrt.runtime.scratch import KERNELS, scratch_bytes
 from wantrt.runtime.sizes import dit_symbols, vae_symbols
 from wantrt.session import PRECISIONS, TensorSpec
 from wantrt.tasks.source import TAKES
 
-FEATURE_MAPS = 4  # at full resolution, that a chunk of the VAE holds at its widest
+FLOAT_BYTES = 4
+LARGEST_SCRATCH = 20  # of any phase, in what its caches and buffers take: far more than there is
 GIB = 2**30
+
+Symbols = Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +48,37 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhaseMemory(Memory):
+class PhaseMemory:
     """What one phase takes: the text or image encoder, the VAE's encoder, one expert, the decoder.
 
-    streamed_bytes: the weights of its stacks under `stream`, instead of weights_bytes.
+    streamed_bytes: the weights of its stacks under `stream`, instead of weights_bytes. held_bytes:
+    what other phases have left or are still to get: text embeddings, noise, conditions. stays: a
+    resident pipeline keeps its caches and buffers for the next generation. runs: the components
+    that run in it, each with the sizes at which it does.
     """
 
     part: str
+    weights_bytes: int
     streamed_bytes: int
+    caches_bytes: int
+    buffers_bytes: int
+    held_bytes: int
+    stays: bool
+    runs: Sequence[tuple[Component, Symbols]] = field(repr=False, compare=False)
+
+    @cached_property
+    def scratch_bytes(self) -> int:
+        """Counted when it is asked for first: that takes a moment, and imports much of torch."""
+        return max((scratch_bytes(*run) for run in self.runs), default=0)
+
+    def memory(self, *, streamed: bool = False) -> Memory:
+        """Of the phase alone."""
+        return Memory(
+            weights_bytes=self.streamed_bytes if streamed else self.weights_bytes,
+            scratch_bytes=self.scratch_bytes,
+            caches_bytes=self.caches_bytes,
+            buffers_bytes=self.buffers_bytes + self.held_bytes,
+        )
 
 
 def phases(
@@ -58,44 +87,50 @@ def phases(
     size: Size,
     num_frames: int,
     stacks: Mapping[str, int | None] | None = None,
+    ops: Ops = KERNELS,
 ) -> list[PhaseMemory]:
     """What each phase of a guided generation takes, in their order.
 
     precision: part -> fp32, bf16 or fp16. stacks: part -> layers a run, for those that have been
-    cut otherwise than by default.
+    cut otherwise than by default. ops: `KERNELS` for a GPU, `REFERENCE` for plain torch's.
     """
     found = []
     for part in _phase_names(variant):
-        owner = part.removesuffix("_encoder") if part == "vae_encoder" else part
-        dtype = PRECISIONS[precision[owner]]
+        owner = "vae" if part == "vae_encoder" else part
         prefix = {"vae": "vae_decoder", "vae_encoder": "vae_encoder"}.get(part, "")
-        components = {
-            c.name: c
-            for c in part_components(variant, owner, dtype, (stacks or {}).get(owner))
-            if c.name.startswith(prefix)
-        }
+        made = part_components(
+            variant, owner, PRECISIONS[precision[owner]], (stacks or {}).get(owner), ops
+        )
+        components = {c.name: c for c in made if c.name.startswith(prefix)}
+        symbols = _symbols(variant, part, size, num_frames)
         whole, streamed = _weights_bytes(components.values())
-        caches = 0
+        caches = buffers = 0
+        of_one_frame = num_frames == 1 or (part == "vae_encoder" and variant.task == "ti2v")
         if part == "text_encoder":
-            scratch, buffers = _text_bytes(variant, dtype.itemsize)
+            buffers = _text_bytes(components, symbols)
         elif part == "image_encoder":
-            scratch, buffers = _image_bytes(variant, components[part], dtype.itemsize)
+            buffers = _image_bytes(variant, components, symbols)
         elif part == "vae":
-            scratch, caches, buffers = _vae_bytes(
-                variant, components["vae_decoder_next"], size, dtype.itemsize
-            )
-        elif part == "vae_encoder":  # float32 in every bundle
-            scratch, caches, buffers = _vae_bytes(variant, components["vae_encoder_next"], size, 4)
+            caches, buffers = _decoder_bytes(components, symbols)
+        elif part == "vae_encoder":
+            frames = 1 if of_one_frame else _latent_frames(variant, num_frames)
+            caches, buffers = _encoder_bytes(components, symbols, frames)
         else:
-            scratch, buffers = _dit_bytes(variant, components, size, num_frames, dtype.itemsize)
+            buffers = _dit_bytes(variant, components, symbols)
         found.append(
             PhaseMemory(
                 part=part,
                 weights_bytes=whole,
                 streamed_bytes=streamed,
-                scratch_bytes=scratch,
                 caches_bytes=caches,
                 buffers_bytes=buffers,
+                held_bytes=0 if part == "text_encoder" else _held_bytes(variant, size, num_frames),
+                stays=part not in ("text_encoder", "image_encoder", "vae_encoder"),
+                runs=[
+                    (component, symbols)
+                    for name, component in components.items()
+                    if not (of_one_frame and name.endswith("_next"))
+                ],
             )
         )
     return found
@@ -109,29 +144,42 @@ def _phase_names(variant: Variant) -> list[str]:
     return names
 
 
+def _symbols(variant: Variant, part: str, size: Size, num_frames: int) -> Symbols:
+    """The sizes at which the components of a phase run; of prompts the longest, one by one."""
+    if part == "text_encoder":
+        return {"B": 1, "S": variant.experts[0].dit.text_len}
+    if part == "image_encoder":
+        return {"B": 1}
+    if part in ("vae", "vae_encoder"):
+        return vae_symbols(variant, size)
+    return {
+        **dit_symbols(variant, size, num_frames, guided=True),
+        "T": variant.num_inference_steps,
+    }
+
+
 def predict(of_phases: Sequence[PhaseMemory], residency: str) -> Memory:
-    """The most that a policy takes at any moment."""
-    if residency == "resident":
-        return Memory(
-            weights_bytes=sum(phase.weights_bytes for phase in of_phases),
-            scratch_bytes=max(phase.scratch_bytes for phase in of_phases),
-            caches_bytes=sum(phase.caches_bytes for phase in of_phases),
-            buffers_bytes=sum(phase.buffers_bytes for phase in of_phases),
+    """The most that a policy takes at any moment, but for what an allocator keeps beside it."""
+    if residency != "resident":
+        alone = [phase.memory(streamed=residency == "stream") for phase in of_phases]
+        return max(alone, key=lambda memory: memory.total_bytes)
+    staying = [phase for phase in of_phases if phase.stays]
+    moments = []
+    for phase in of_phases:
+        there = staying if phase.stays else [*staying, phase]
+        moments.append(
+            Memory(
+                weights_bytes=sum(each.weights_bytes for each in of_phases),
+                scratch_bytes=phase.scratch_bytes,
+                caches_bytes=sum(each.caches_bytes for each in there),
+                buffers_bytes=sum(each.buffers_bytes for each in there) + phase.held_bytes,
+            )
         )
-    alone = [
-        Memory(
-            weights_bytes=phase.weights_bytes if residency == "phase" else phase.streamed_bytes,
-            scratch_bytes=phase.scratch_bytes,
-            caches_bytes=phase.caches_bytes,
-            buffers_bytes=phase.buffers_bytes,
-        )
-        for phase in of_phases
-    ]
-    return max(alone, key=lambda memory: memory.total_bytes)
+    return max(moments, key=lambda memory: memory.total_bytes)
 
 
 def weights_alone(phase: PhaseMemory) -> PhaseMemory:
-    return replace(phase, scratch_bytes=0, caches_bytes=0, buffers_bytes=0)
+    return replace(phase, caches_bytes=0, buffers_bytes=0, held_bytes=0, runs=())
 
 
 def check_memory(
@@ -153,7 +201,7 @@ def check_memory(
         return memory.total_bytes - (memory.weights_bytes if on_cpu else 0)
 
     free = device.free_bytes() + loaded_bytes
-    if need(residency) <= free:
+    if _at_most(of_phases, on_cpu) <= free or need(residency) <= free:
         if residency == "stream":
             _check_host(of_phases)
         return
@@ -170,6 +218,15 @@ def check_memory(
         f"{need(residency) / GIB:.1f} GiB (weights {weights / GIB:.1f}, scratch "
         f"{memory.scratch_bytes / GIB:.1f}, caches {memory.caches_bytes / GIB:.1f}, buffers "
         f"{memory.buffers_bytes / GIB:.1f}), and {free / GIB:.1f} GiB are free. {remedy}"
+    )
+
+
+def _at_most(of_phases: Sequence[PhaseMemory], on_cpu: bool) -> int:
+    """More than any policy takes, told without counting scratch: a small model starts at once."""
+    return sum(
+        (0 if on_cpu else phase.weights_bytes)
+        + (1 + LARGEST_SCRATCH) * (phase.caches_bytes + phase.buffers_bytes + phase.held_bytes)
+        for phase in of_phases
     )
 
 
@@ -202,93 +259,90 @@ def _weights_bytes(components: Iterable[Component]) -> tuple[int, int]:
     return whole, whole - saved
 
 
-def _text_bytes(variant: Variant, element: int) -> tuple[int, int]:
-    """Scratch and buffers of the longest prompt, which runs alone; a negative one waits."""
-    config, tokens = variant.text_encoder, variant.experts[0].dit.text_len
-    scores = config.num_heads * tokens * tokens * 4
-    wide = max(4 * config.attention_dim, 3 * config.ffn_dim)
-    hidden = tokens * config.dim * 4
-    return scores + tokens * wide * element + 2 * hidden, 4 * hidden
+def _text_bytes(components: Mapping[str, Component], symbols: Symbols) -> int:
+    """What the stacks are given, for a prompt and a negative one: both pass each stack in turn."""
+    return 2 * _nbytes_of(components["text_stack"].inputs, symbols)
 
 
-def _image_bytes(variant: Variant, component: Component, element: int) -> tuple[int, int]:
-    """Scratch of an image, and buffers of all, which run one after the other."""
-    config = variant.image_encoder
-    assert config is not None
-    tokens = config.num_tokens
-    scores = config.num_heads * tokens * tokens * 4
-    wide = max(4 * config.dim, 2 * config.ffn_dim)
-    hidden = tokens * config.dim * 4
-    specs = (*component.inputs.values(), *component.outputs.values())
-    buffers = sum(_nbytes(spec, {"B": variant.num_images}) for spec in specs)
-    return scores + tokens * wide * element + 2 * hidden, buffers
+def _image_bytes(variant: Variant, components: Mapping[str, Component], symbols: Symbols) -> int:
+    """An image at a time; the features of all, singly and joined."""
+    encoder = components["image_encoder"]
+    features = _nbytes_of(encoder.outputs, symbols)
+    return _nbytes_of(encoder.inputs, symbols) + 2 * variant.num_images * features
 
 
-def _dit_bytes(
-    variant: Variant,
-    components: Mapping[str, Component],
-    size: Size,
-    num_frames: int,
-    element: int,
+def _decoder_bytes(components: Mapping[str, Component], symbols: Symbols) -> tuple[int, int]:
+    """Both banks of caches; a latent frame, and the pixels of a first chunk and of a next one."""
+    first, following = components["vae_decoder_first"], components["vae_decoder_next"]
+    latent = _nbytes(first.inputs["latent"], symbols)
+    pixels = [_nbytes(each.outputs["pixels"], symbols) for each in (first, following)]
+    return _banks_bytes(following, symbols), latent + sum(pixels)
+
+
+def _encoder_bytes(
+    components: Mapping[str, Component], symbols: Symbols, latent_frames: int
 ) -> tuple[int, int]:
-    """Scratch and buffers of a guided step.
+    """Both banks of caches; the pixels of a chunk, and all latent frames, singly and joined."""
+    following = components["vae_encoder_next"]
+    chunk = components["vae_encoder_first"] if latent_frames == 1 else following
+    pixels = _nbytes(chunk.inputs["pixels"], symbols)
+    latent = _nbytes(chunk.outputs["latent"], symbols)
+    return _banks_bytes(following, symbols), pixels + 2 * latent_frames * latent
 
-    The widest moment of a block: beside the residual in float32, either q, k, v, their rotated
-    copies and the output of attention, or the feed-forward before and after its activation.
-    """
+
+def _banks_bytes(following: Component, symbols: Symbols) -> int:
+    caches = {name: spec for name, spec in following.inputs.items() if name.startswith("cache_")}
+    return 2 * _nbytes_of(caches, symbols)
+
+
+def _dit_bytes(variant: Variant, components: Mapping[str, Component], symbols: Symbols) -> int:
+    """The buffers of a guided step."""
     stack, head, patch, time = (
         components[name] for name in ("dit_stack", "dit_head", "dit_patch", "dit_time")
     )
-    symbols = {
-        **dit_symbols(variant, size, num_frames, guided=True),
-        "T": variant.num_inference_steps,
-    }
-    hidden = _nbytes(stack.inputs["hidden"], symbols)
-    dim = stack.inputs["hidden"].shape[-1]
-    ffn_dim = components["dit_stack"].weights["blocks.0.ffn.up.weight"].shape[0]
-    assert isinstance(dim, int)
-    assert isinstance(ffn_dim, int)
-    wide = max(6 * dim, dim + 2 * ffn_dim)
-    scratch = hidden + symbols["B"] * symbols["L"] * wide * element
     runs = 2 // symbols["B"]  # of each stack a step
-    texts = [name for name in ("context", "image_context") if name in stack.inputs]
-    chains = 0
-    if "hint" in stack.inputs:  # VACE: a second chain, and what it starts from
-        start = components["dit_vace_start"].inputs["vace_context"]
-        chains = runs * hidden + _nbytes(stack.inputs["hint"], symbols) + _nbytes(start, symbols)
+
+    def given(*names: str) -> int:
+        return sum(_nbytes(stack.inputs[name], symbols) for name in names if name in stack.inputs)
+
+    hidden = _nbytes(stack.inputs["hidden"], symbols)
     velocity = _nbytes(head.outputs["velocity"], symbols)
-    buffers = (
-        (runs + 1) * hidden
-        + runs * (sum(_nbytes(stack.inputs[name], symbols) for name in texts) + velocity)
-        + chains
-        + _nbytes(patch.inputs["latent"], symbols)
-        + 3 * velocity // symbols["B"]  # the sample and the solver's history
-        + sum(_nbytes(stack.inputs[name], symbols) for name in ("cos", "sin", "e6"))
-        + sum(_nbytes(spec, symbols) for spec in time.outputs.values())
+    latent, sample = _nbytes(patch.inputs["latent"], symbols), velocity // symbols["B"]
+    of_a_run = hidden + velocity + given("context", "image_context")
+    of_a_step = (
+        hidden  # where a stack writes, in turn with what it reads
+        + latent
+        + 3 * sample  # and the solver's history
+        + given("cos", "sin", "e6", "token_row", "hint")
+        + _nbytes(head.inputs["e"], symbols)
+        + _nbytes_of(time.outputs, symbols)
     )
-    return scratch, buffers
+    embeds = components["dit_condition"].inputs["text_embeds"]
+    of_a_step += _nbytes(embeds, {**symbols, "B": 2})
+    if "hint" in stack.inputs:  # VACE: a second chain, and what it starts from
+        of_a_run += hidden
+        of_a_step += _nbytes(components["dit_vace_start"].inputs["vace_context"], symbols)
+    return runs * of_a_run + of_a_step
 
 
-def _vae_bytes(
-    variant: Variant, component: Component, size: Size, element: int
-) -> tuple[int, int, int]:
-    """Scratch, caches and buffers of a chunk of the decoder or the encoder.
-
-    The widest maps are those at full resolution, which in Wan 2.2 is that of 2x2 patches.
-    """
-    symbols = vae_symbols(variant, size)
-    config = variant.vae
-    caches = sum(
-        _nbytes(spec, symbols) for name, spec in component.inputs.items() if "cache" in name
-    )
-    dim = config.decoder_dim if "decoder" in component.name else config.encoder_dim
-    frames = config.temporal_stride + 2  # with the two of the cache
-    cells = size[0] * size[1] // config.patch_size**2
-    feature_map = frames * cells * dim * (2 if config.residual else 1) * element
-    specs = {**component.inputs, **component.outputs}
-    pixels = _nbytes(specs["pixels"], symbols)
-    return FEATURE_MAPS * feature_map, 2 * caches, 2 * pixels
+def _held_bytes(variant: Variant, size: Size, num_frames: int) -> int:
+    """Of a guided generation: text embeddings, as they are remembered and joined; noise; what is
+    known of the video, and of its images."""
+    dit = variant.experts[0].dit
+    embeds = 2 * 2 * dit.text_len * dit.text_dim
+    cells = _latent_frames(variant, num_frames) * prod(vae_symbols(variant, size).values())
+    latent = (dit.in_channels + (dit.vace_channels or 0)) * cells
+    features = (variant.image_rows or 0) * (dit.image_dim or 0)
+    return (embeds + latent + features) * FLOAT_BYTES
 
 
-def _nbytes(spec: TensorSpec, symbols: Mapping[str, int]) -> int:
+def _latent_frames(variant: Variant, num_frames: int) -> int:
+    return (num_frames - 1) // variant.vae.temporal_stride + 1
+
+
+def _nbytes_of(specs: Mapping[str, TensorSpec], symbols: Symbols) -> int:
+    return sum(_nbytes(spec, symbols) for spec in specs.values())
+
+
+def _nbytes(spec: TensorSpec, symbols: Symbols) -> int:
     return prod(spec.concrete(symbols)) * spec.dtype.itemsize

@@ -42,6 +42,7 @@ from wantrt.runtime.memory import PhaseMemory, check_memory, phases, predict, we
 from wantrt.runtime.parts import load_part
 from wantrt.runtime.prompt import Tokenizer
 from wantrt.runtime.residency import POLICIES, Part
+from wantrt.runtime.scratch import KERNELS, REFERENCE
 from wantrt.runtime.settings import Settings
 from wantrt.runtime.sizes import (
     DIT_STEP,
@@ -389,9 +390,10 @@ class Pipeline:
         """What the parts that run on the device take."""
         bundle = self.bundle
         stacks = {part: bundle.stack_of(part) for part in bundle.precision}
+        ops = REFERENCE if self.device.torch_device.type == "cpu" else KERNELS
         return [
             phase
-            for phase in phases(self.variant, bundle.precision, size, num_frames, stacks)
+            for phase in phases(self.variant, bundle.precision, size, num_frames, stacks, ops)
             if self.parts[phase.part].device is self.device
         ]
 
@@ -432,6 +434,7 @@ class Pipeline:
 
         def encode_images(images: Sequence[Pixels]) -> Tensor:
             """One after the other: a plan of the encoder is for one image."""
+            self.parts["vae_encoder"].leave()  # it is done
             size = self.parts["image_encoder"]["image_encoder"][0].inputs["pixels"].shape[-1]
             rows = []
             for pixels in clip_pixels(images, settings.convention, int(size)).split(1):

@@ -512,7 +512,10 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == Tensor.device.__get__:
-            return THERE if self.device.is_device(args[0]) else HERE
+            told = func(*args)
+            return (
+                told if told.type == "meta" else THERE if self.device.is_device(args[0]) else HERE
+            )
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == THERE:
             made = func(*args, **{**kwargs, "device": HERE})
             return self.device.upload(made)
