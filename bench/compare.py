@@ -147,6 +147,7 @@ def set_up(
     )
     check_size(row, setup.size)
     check_frames(row, setup.num_frames)
+    open_checkpoint(setup.checkpoint, row.name)  # it checks
     return setup
 
 
@@ -166,9 +167,7 @@ def choose_engines(runtimes: Sequence[str], precision: str | None) -> tuple[list
 
 def prepare(setup: Setup, precision: str, device: torch.device, folder: Path) -> Work:
     """Open the checkpoint, and write it into `folder` in Diffusers layout if it is in no such."""
-    opened = open_checkpoint(
-        setup.checkpoint, setup.variant if setup.scope != "vae" else "t2v-1.3b"
-    )
+    opened = open_checkpoint(setup.checkpoint, setup.variant)
     variant = opened.variant
     vae, (expert,) = variant.vae, variant.experts
     width, height = (side // vae.spatial_stride for side in setup.size)

@@ -146,8 +146,9 @@ def measure(
                 for maker in (reference, tested, noisy):
                     maker.make(settings, noise)  # the warm-up
             expected = reference.make(settings, noise)
-            for maker in (tested, noisy):
+            for maker, what in ((tested, ""), (noisy, ", noise floor")):
                 row = compared(maker.make(settings, noise), expected, job)
+                row["name"] += what
                 rows.append({**row, "noise_floor": maker is noisy})
                 yield rows[-1]
     except (Exception, KeyboardInterrupt):
@@ -182,7 +183,7 @@ def is_right(made: Made, job: Mapping[str, Any]) -> bool:
 
 def summary(rows: Sequence[Row]) -> Iterator[Row]:
     """Of all jobs: the bundle, and the noise floor. Videos that are equal have no PSNR."""
-    for name, is_floor in (("all", False), ("all: noise floor", True)):
+    for name, is_floor in (("all", False), ("all, noise floor", True)):
         of_kind = [row for row in rows if row["noise_floor"] == is_floor]
         if not of_kind:
             continue
