@@ -34,7 +34,7 @@ from wantrt.manifest import ComponentRecord, PlanRecord
 from wantrt.models.components import Component
 from wantrt.names import check_name
 from wantrt.pieces import Piece, Shape, make_key
-from wantrt.runtime.settings import check_frames, check_size
+from wantrt.runtime.settings import check_frames, check_size, warn_of_size
 from wantrt.session import PRECISIONS
 
 log = logging.getLogger("wantrt")
@@ -107,6 +107,7 @@ def choose_options(
     check_name("choice of plugins", plugins, PLUGINS)
     for size in sizes or ():
         check_size(variant, size)
+        warn_of_size(variant, size)
     for count in frames or ():
         check_frames(variant, count)
     flavour = find_flavour(runtime)

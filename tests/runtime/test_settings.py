@@ -95,3 +95,37 @@ def test_noise_of_a_gpu_needs_one():
 def test_a_recorded_shift_of_null_is_none():
     recorded = {"scheduler_config": {"flow_shift": None, "shift": None}}
     assert resolve(T2V, recorded, prompt="x", convention="diffusers").flow_shift == T2V.flow_shift
+
+
+def test_a_size_off_the_list_is_allowed_with_one_line(caplog):
+    assert resolve(T2V, {}, prompt="a cat", size=(960, 544)).size == (960, 544)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "960x544 is not a size of t2v-14b (1280x720, 720x1280, 832x480, 480x832): "
+        "the result may look worse"
+    )
+
+
+@pytest.mark.parametrize("size", [None, (832, 480), (720, 1280)])
+def test_a_size_of_the_list_is_worth_no_line(size, caplog):
+    resolve(T2V, {}, prompt="a cat", size=size)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "variant, size, nearest",
+    [
+        ("t2v-14b", (833, 480), "832x480"),
+        ("t2v-14b", (8, 480), "16x480"),
+        ("ti2v-5b", (1280, 720), "1280x704"),
+        ("vace-1.3b", (0, 480), "16x480"),
+        ("i2v-a14b", (832, 20_000), "832x16384"),
+    ],
+)
+def test_a_size_that_does_not_fit_the_step_is_refused_with_the_nearest(
+    variant, size, nearest, caplog
+):
+    with pytest.raises(SettingsError, match=f"nearest: {nearest}"):
+        resolve(VARIANTS[variant], {}, prompt="a cat", size=size)
+    assert not caplog.records

@@ -97,8 +97,11 @@ def resolve(
     """
     check_name("convention", convention, CONVENTIONS)
     check_name("noise device", noise, ("cpu", "cuda"))
+    asked_size = size
     size, num_frames, fit = choose_size(variant, source, size, num_frames, fit, convention)
     check_size(variant, size)
+    if asked_size is not None:
+        warn_of_size(variant, asked_size)
     check_frames(variant, num_frames)
     if not prompt.strip():
         log.warning("the prompt is empty: the video will show anything")
@@ -191,6 +194,17 @@ def check_size(variant: Variant, size: Size) -> None:
         f"size {size[0]}x{size[1]} is not a multiple of {step} from {step} to {largest}; "
         f"nearest: {'x'.join(map(str, nearest))}"
     )
+
+
+def warn_of_size(variant: Variant, size: Size) -> None:
+    """Say in one line that a size is none of those that the variant was trained for."""
+    if size not in variant.sizes:
+        log.warning(
+            "%dx%d is not a size of %s (%s): the result may look worse",
+            *size,
+            variant.name,
+            ", ".join(f"{width}x{height}" for width, height in variant.sizes),
+        )
 
 
 def check_frames(variant: Variant, num_frames: int) -> None:
