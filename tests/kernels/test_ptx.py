@@ -2,7 +2,7 @@
 
 What is demanded: TensorRT's arguments and no others; tensors read and written 128 bits at a time,
 and narrower only what a program reads once (a token's row, a coefficient); no scratch memory, no
-registers spilled to speak of; PTX that the drivers of CUDA 12.8 and later read. The compiler's
+register spilled; PTX that the drivers of CUDA 12.8 and later read. The compiler's
 cache is an empty folder, so nothing here was compiled before.
 """
 
@@ -39,7 +39,6 @@ NARROW = {  # how many values of 16 to 64 bits a thread may read beside its vect
     "GuideAndStep": 6,  # the index, four coefficients, the scale
     "RmsSilu": 32,  # gamma: one for each of its channels
 }
-SPILLED_BYTES = 4  # one register, where the assembler gets a third block onto a processor for it
 GPUS = (80, 86, 89, 90, 100, 120)  # one of each kind; the rest differ in name
 TYPES = {"*": ".u64", "i": ".u32"}
 
@@ -78,8 +77,7 @@ def check(name: str, source: Source, sm: int) -> None:
     assert f".reqntid {kernel.num_threads}\n" in ptx
     assert ptx.count(f".visible .entry {kernel.name}(") == 1
     assert str(Path(a_source).parents[1]) not in ptx
-    (spilled,) = re.findall(r"(\d+) bytes spill stores", assemble(ptx, sm))
-    assert int(spilled) <= SPILLED_BYTES
+    assert re.findall(r"(\d+) bytes spill stores", assemble(ptx, sm)) == ["0"]
 
 
 @pytest.mark.slow
