@@ -163,6 +163,18 @@ def test_onnxruntime_names_a_damaged_graph(components, tmp_path):
         onnxruntime_session.load_sessions(components["text_head"], path, weights, CPUDevice())
 
 
+def test_onnxruntime_has_the_threads_of_torch(components, graph_of, monkeypatch):
+    """And they sleep when they have nothing to do: the next component has its own."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    component = components["text_head"]
+    (session,) = onnxruntime_session.load_sessions(
+        component, graph_of("text_head"), make_weights(component), CPUDevice()
+    )
+    options = session._session.get_session_options()
+    assert options.intra_op_num_threads == 3
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_onnxruntime_wants_contiguous_inputs(components, graph_of):
     component = components["text_head"]
     (session,) = onnxruntime_session.load_sessions(

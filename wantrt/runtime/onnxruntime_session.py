@@ -2,7 +2,8 @@
 
 One InferenceSession serves all instances of a component; each instance is an IO binding that holds
 the addresses of its weights. Weights are never copied: a memory-mapped file stays on disk until its
-pages are read. Outputs are written into the caller's tensors, which is how caches ping-pong.
+pages are read. Outputs are written into the caller's tensors, which is how caches ping-pong. There
+are as many threads as torch has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def load_sessions(
     device: Device,
     num_threads: int | None = None,
 ) -> list["OnnxRuntimeSession"]:
-    """One session for each instance of `component`. `num_threads` None: one a physical core."""
+    """One session for each instance of `component`. `num_threads` None: as many as torch has."""
     if graph is None:
         raise BundleError(f"{component.name}: runtime onnxruntime runs graphs, and none was given")
     if device.torch_device.type != "cpu":
@@ -49,7 +50,10 @@ def load_sessions(
 
 def _load(component: Component, graph: Path, num_threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = num_threads or 0
+    options.intra_op_num_threads = num_threads or torch.get_num_threads()
+    # Each component has threads of its own. Spinning, as is the default, they would take the cores
+    # for milliseconds after a run, from those of the component that runs next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     # In the order of the graph: the default order runs what needs no activations first, and holds
     # the rows of modulation of all tokens for all blocks from the beginning.
