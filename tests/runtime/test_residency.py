@@ -53,8 +53,10 @@ def test_a_phase_leaves_nothing_on_the_device(bundle: Path, policy: str) -> None
         held: dict[str, int] = {}
 
         def watch(progress: Any) -> None:
-            loaded = [name for name, part in pipe.parts.items() if part._sessions is not None]
+            loaded = {name for name, part in pipe.parts.items() if part._sessions is not None}
             held.setdefault(progress.stage, len(loaded))
+            if policy == "phase":  # experts share their memory
+                loaded -= {expert.name for expert in pipe.variant.experts[1:]}
             assert len(loaded) == 1, progress
 
         pipe("a red cat", callback=watch, **SETTINGS)

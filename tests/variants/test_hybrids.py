@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engines.fake.device import FakeDevice
+from tests.runtime.devices import on_device
 from tests.runtime.diffusers_checkpoint import make_pipeline, make_transformer, save
+from tests.tasks.pictures import film
+from tests.variants.small import DIMENSIONS as SMALL_DIMENSIONS
 from wantrt import Pipeline
 from wantrt.build import plan_build
 from wantrt.bundle import Bundle
@@ -22,6 +26,7 @@ from wantrt.experts import ExpertRange, parse_experts, write_experts
 from wantrt.info import describe_bundle
 from wantrt.media import read_metadata
 from wantrt.pieces import read_log
+from wantrt.runtime import denoiser, sizes
 from wantrt.verify import verify
 
 # Of the first checkpoint; heads and layers of the others
@@ -169,6 +174,58 @@ def test_the_other_way_round_is_another_path():
     latents, _ = ours(bundle_of(TWO), guidance_scale=4.0, guidance_scale_2=2.0)
     turned = by_hand((("narrow", 1, 0.8), ("wide", 0.8, 0)), (4.0, 2.0))
     assert (latents[0] - turned[0]).abs().max() > 10 * TOLERANCE * turned[0].abs().max()
+
+
+@pytest.mark.parametrize("ranges", [TWO, THREE], ids=["two", "three"])
+@pytest.mark.parametrize("policy", ["resident", "phase", "stream"])
+def test_residency_does_not_show(ranges, policy):
+    """Experts of other dimensions take each other's place; a device tells if that is in order."""
+    _, expected = ours(bundle_of(ranges))
+    device = FakeDevice()
+    with on_device(device, bundle_of(ranges), residency=policy) as pipe:
+        for _ in range(2):
+            video = pipe("a red cat", negative_prompt="blurry", init_latents=noise(), **SETTINGS)
+            assert np.array_equal(video.frames, expected.frames)
+    assert policy == "stream" or device.replays > 0
+
+
+@pytest.mark.parametrize("policy", ["resident", "phase"])
+@pytest.mark.parametrize("guided_at_once", [True, False])
+def test_hints_of_vace_change_with_the_expert(policy, guided_at_once, monkeypatch):
+    """Blocks of hints enter at other layers, and are used after the stack before them is done."""
+    if not guided_at_once:
+        for module in (denoiser, sizes):
+            monkeypatch.setattr(module, "GUIDANCE_BATCH_TOKENS", 1)
+    expected = frames_with_vace("torch")
+    with on_device(FakeDevice(), vace_bundle(), residency=policy) as pipe:
+        assert np.array_equal(pipe(**VACE).frames, expected)
+
+
+VACE = {
+    "prompt": "a red cat",
+    "video": film(5, 48, 32),
+    "size": (48, 32),
+    "num_frames": 5,
+    "num_inference_steps": 5,
+    "seed": 1,
+}
+
+
+@cache
+def vace_bundle():
+    """Two hints among four layers of the first expert, and among six of the second."""
+    wider = SMALL_DIMENSIONS.replace("dim=48", "dim=96", 1)
+    ranges = [
+        ExpertRange("vace-1.3b", SMALL_DIMENSIONS.format(layers=4), 1, 0.9),
+        ExpertRange("vace-14b", wider.format(layers=6), 0.9, 0),
+    ]
+    out = Path(_folder().name) / "vace"
+    return plan_build(experts=ranges, out=out, precision="fp32").run().path
+
+
+def frames_with_vace(runtime):
+    with Pipeline.load(vace_bundle(), runtime) as pipe:
+        return pipe(**VACE).frames
 
 
 def test_one_expert_is_its_checkpoint(tmp_path):

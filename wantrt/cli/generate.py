@@ -71,8 +71,9 @@ if TYPE_CHECKING:
     default="resident",
     show_default=True,
     metavar="NAME",
-    help="What stays in a GPU's memory: resident (all), phase (a part at a time) or stream (phase, "
-    "and stacks come from host memory).",
+    help="What stays in a GPU's memory: resident (all), phase (a part at a time; the "
+    "second expert takes the place of the first as that finishes) or stream (phase, and stacks come "
+    "from host memory).",
 )
 @click.option(
     "--text-encoder", "text_encoder_on", metavar="DEVICE", help="cpu: the text encoder runs there."

@@ -18,6 +18,7 @@ from wantrt.device import Device
 from wantrt.models.dit import rope_tables, timestep_sinusoid
 from wantrt.runtime.capture import Repeated
 from wantrt.runtime.fused import step_for
+from wantrt.runtime.slots import Handover
 from wantrt.schedulers.grids import Grid
 from wantrt.schedulers.solver import Solver
 from wantrt.schedulers.tables import make_table
@@ -39,11 +40,15 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of steps by one transformer at one guidance scale. Scale 1 skips the second pass."""
+    """A run of steps by one transformer at one guidance scale. Scale 1 skips the second pass.
+
+    handover: to the transformer of the next stage, if that needs the memory of this one.
+    """
 
     transformer: Transformer
     steps: range
     guidance_scale: float
+    handover: Handover | None = None
 
 
 class Denoiser:
@@ -136,7 +141,13 @@ class _Loop:
         expert_run.prepare(stage, grid, text_embeds, conditioning)
         for index in stage.steps:
             self.index.fill_(index)
-            take_step()
+            if stage.handover is None:
+                take_step()
+            elif index < stage.steps[-1]:
+                take_step()
+                stage.handover.prepare(stage.steps[-1] - index)
+            else:
+                expert_run.step(stage.handover.done)
             yield self.solver.sample
 
 
@@ -261,25 +272,30 @@ class _ExpertRun:
         sinusoid = timestep_sinusoid(timesteps, self.config.freq_dim).to(self.device.torch_device)
         self.sessions["dit_time"][0].run({"sinusoid": sinusoid}, {"e": e, "e6": e6})
 
-    def step(self) -> None:
-        """One step of the loop's latent, at the loop's index."""
+    def step(self, done: Callable[[str, int], None] = lambda component, instance: None) -> None:
+        """One step of the loop's latent, at the loop's index.
+
+        done: told of each instance of a component when it has run for every pass.
+        """
         self.noisy.copy_(self.solver.sample.expand_as(self.noisy))
         self.e[:, -1].copy_(self.all_e.index_select(0, self.index).expand_as(self.e[:, -1]))
         self.e6[:, -1].copy_(self.all_e6.index_select(0, self.index).expand_as(self.e6[:, -1]))
         first, *others = self.passes
         self.sessions["dit_patch"][0].run({"latent": self.latent}, {"hidden": first.hidden})
+        done("dit_patch", 0)
         for other in others:
             other.hidden.copy_(first.hidden)
-        for own, hidden in zip(self.passes, self._run_stacks(), strict=True):
+        for own, hidden in zip(self.passes, self._run_stacks(done), strict=True):
             head = {"hidden": hidden, "e": self.e, "latent": self.latent, **self.rows}
             self.sessions["dit_head"][0].run(head, {"velocity": own.velocity})
+        done("dit_head", 0)
         velocities = [row for own in self.passes for row in own.velocity.split(1)]
         unconditional = velocities[1] if len(velocities) > 1 else None
         self.solver.step(velocities[0], self.index, unconditional, self.guidance_scale)
         if self.first_frame is not None:
             self.solver.sample[:, :, :1].copy_(self.first_frame)
 
-    def _run_stacks(self) -> list[Tensor]:
+    def _run_stacks(self, done: Callable[[str, int], None]) -> list[Tensor]:
         """Every stack for every pass: its weights are used for both while they are at hand.
 
         Buffers change places on the way. Returns those that hold the results.
@@ -289,6 +305,7 @@ class _ExpertRun:
         for chain, start in zip(chains, hidden, strict=False):
             inputs = {"vace_context": self.vace_context, "hidden": start}
             self.sessions["dit_vace_start"][0].run(inputs, {"vace_hidden": chain})
+        done("dit_vace_start", 0)
         stacks = self.sessions["dit_stack"]
         hints = self._hints_of_stacks() if self.hints else {}
         for index, stack in enumerate(stacks):
@@ -307,6 +324,9 @@ class _ExpertRun:
                     {"hidden_out": spare},
                 )
                 hidden[i], spare = spare, hidden[i]
+            done("dit_stack", index)
+            if index in hints:
+                done("dit_vace_block", hints[index])
         return hidden
 
     def _hints_of_stacks(self) -> dict[int, int]:

@@ -20,6 +20,7 @@ from wantrt.runtime.parts import STREAMED
 from wantrt.runtime.residency import POLICIES
 from wantrt.runtime.scratch import KERNELS, scratch_bytes
 from wantrt.runtime.sizes import dit_symbols, vae_symbols
+from wantrt.runtime.slots import slot_sizes
 from wantrt.session import PRECISIONS, TensorSpec
 from wantrt.tasks.source import TAKES
 
@@ -51,14 +52,16 @@ class Memory:
 class PhaseMemory:
     """What one phase takes: the text or image encoder, the VAE's encoder, one expert, the decoder.
 
-    streamed_bytes: the weights of its stacks under `stream`, instead of weights_bytes. held_bytes:
-    what other phases have left or are still to get: text embeddings, noise, conditions. stays: a
-    resident pipeline keeps its caches and buffers for the next generation. runs: the components
-    that run in it, each with the sizes at which it does.
+    shared_bytes: under `phase`, instead of weights_bytes, the slots in which experts take turns.
+    streamed_bytes: under `stream`, where stacks share two slots. held_bytes: what other phases have
+    left or are still to get: text embeddings, noise, conditions. stays: a resident pipeline keeps
+    its caches and buffers for the next generation. runs: the components that run in it, each with
+    the sizes at which it does.
     """
 
     part: str
     weights_bytes: int
+    shared_bytes: int
     streamed_bytes: int
     caches_bytes: int
     buffers_bytes: int
@@ -74,7 +77,7 @@ class PhaseMemory:
     def memory(self, *, streamed: bool = False) -> Memory:
         """Of the phase alone."""
         return Memory(
-            weights_bytes=self.streamed_bytes if streamed else self.weights_bytes,
+            weights_bytes=self.streamed_bytes if streamed else self.shared_bytes,
             scratch_bytes=self.scratch_bytes,
             caches_bytes=self.caches_bytes,
             buffers_bytes=self.buffers_bytes + self.held_bytes,
@@ -94,7 +97,7 @@ def phases(
     precision: part -> fp32, bf16 or fp16. stacks: part -> layers a run, for those that have been
     cut otherwise than by default. ops: `KERNELS` for a GPU, `REFERENCE` for plain torch's.
     """
-    found = []
+    found, experts = [], {}
     for part in _phase_names(variant):
         owner = "vae" if part == "vae_encoder" else part
         prefix = {"vae": "vae_decoder", "vae_encoder": "vae_encoder"}.get(part, "")
@@ -117,10 +120,12 @@ def phases(
             caches, buffers = _encoder_bytes(components, symbols, frames)
         else:
             buffers = _dit_bytes(variant, components, symbols)
+            experts[part] = made
         found.append(
             PhaseMemory(
                 part=part,
                 weights_bytes=whole,
+                shared_bytes=whole,
                 streamed_bytes=streamed,
                 caches_bytes=caches,
                 buffers_bytes=buffers,
@@ -133,7 +138,10 @@ def phases(
                 ],
             )
         )
-    return found
+    if len(experts) == 1:
+        return found
+    shared = sum(slot_sizes(experts.values()).values())
+    return [replace(p, shared_bytes=shared) if p.part in experts else p for p in found]
 
 
 def _phase_names(variant: Variant) -> list[str]:

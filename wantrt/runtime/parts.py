@@ -17,6 +17,7 @@ from wantrt.manifest import PlanRecord
 from wantrt.models.components import Component
 from wantrt.runtime.fused import ops_for
 from wantrt.runtime.loading import RUNTIMES, Files, Runtime
+from wantrt.runtime.slots import Slots
 from wantrt.runtime.streaming import stream_sessions
 from wantrt.session import Session
 
@@ -33,13 +34,15 @@ def load_part(
     *,
     prefix: str = "",
     streamed: bool = False,
+    slots: Slots | None = None,
     trust_plans: bool = False,
 ) -> dict[str, Sequence[Session]]:
     """Sessions of the components of `part` whose names begin with `prefix`, one an instance.
 
     Weights go to the device once; on a CPU they stay in their mapped files. A component that a
     runtime of plans has none for runs on torch, on the same device. streamed: the weights of the
-    stacks wait in host memory (wantrt/runtime/streaming.py).
+    stacks wait in host memory (wantrt/runtime/streaming.py). slots: where the weights of all
+    components shall lie; it must be free of baked plans (`is_bound`).
     """
     weights = _Weights(bundle, part, device)
     sessions: dict[str, Sequence[Session]] = {}
@@ -69,9 +72,12 @@ def load_part(
             sessions[component.name] = stream_sessions(
                 component, files, load, weights.on_host(component), device
             )
+        elif slots is not None:
+            sessions[component.name] = slots.load(
+                component, files, load, weights.on_host(component)
+            )
         else:
-            baked = bool(plans) and all(plan.part is not None for plan in plans)
-            bound = {} if baked else weights.on_device(component)
+            bound = {} if _is_baked(plans) else weights.on_device(component)
             sessions[component.name] = load(component, files, bound, device)
     if on_torch:
         log.info(
@@ -81,6 +87,19 @@ def load_part(
             runtime.name,
         )
     return sessions
+
+
+def is_bound(bundle: Bundle, part: str, runtime: Runtime) -> bool:
+    """Whether the weights of all components of a part lie apart from the plans that run."""
+    return not any(
+        _is_baked(bundle.plans(component.name, part, runtime.name))
+        for component in bundle.manifest.components
+        if part in component.parts
+    )
+
+
+def _is_baked(plans: Sequence[PlanRecord]) -> bool:
+    return bool(plans) and all(plan.part is not None for plan in plans)
 
 
 class _Weights:

@@ -39,9 +39,9 @@ from wantrt.runtime.denoiser import Denoiser, Stage, Transformer
 from wantrt.runtime.encoder import encode
 from wantrt.runtime.loading import RUNTIMES, Runtime, choose_for
 from wantrt.runtime.memory import PhaseMemory, check_memory, phases, predict, weights_alone
-from wantrt.runtime.parts import load_part
+from wantrt.runtime.parts import is_bound, load_part
 from wantrt.runtime.prompt import Tokenizer
-from wantrt.runtime.residency import POLICIES, Part
+from wantrt.runtime.residency import POLICIES, ExpertPart, Part, Sessions, Turns
 from wantrt.runtime.scratch import KERNELS, REFERENCE
 from wantrt.runtime.settings import Settings
 from wantrt.runtime.sizes import (
@@ -52,6 +52,7 @@ from wantrt.runtime.sizes import (
     resolve_for,
     vae_symbols,
 )
+from wantrt.runtime.slots import slot_sizes
 from wantrt.runtime.text import TextEncoder
 from wantrt.schedulers.grids import Grid, make_grid, split_steps
 from wantrt.schedulers.noise import draw_noise
@@ -157,6 +158,8 @@ class Pipeline:
             return Part(load, device, resident=residency == "resident")
 
         parts = {name: part(name, chosen, device) for name in loaded.precision}
+        if residency == "phase" and device.architecture != "cpu":
+            parts |= _take_turns(loaded, chosen, device, trust_plans)
         parts["vae"] = part("vae", chosen, device, "vae_decoder")
         if any(TAKES[variant.task]):
             parts["vae_encoder"] = part("vae", chosen, device, "vae_encoder")
@@ -381,10 +384,15 @@ class Pipeline:
         for sessions in (self.parts["vae"][name] for name in VAE_DECODER):
             _prepare_sessions(sessions, cells)
         for expert, scale in zip(self.variant.experts, settings.guidance_scales, strict=True):
-            frames = settings.denoised_frames(self.variant)
-            symbols = dit_symbols(self.variant, settings.size, frames, guided=scale != 1.0)
-            for sessions in (self.parts[expert.name][name] for name in DIT_STEP):
-                _prepare_sessions(sessions, symbols)
+            self._prepare_expert(self.parts[expert.name], settings, scale)
+
+    def _prepare_expert(
+        self, sessions: Sessions, settings: Settings, guidance_scale: float
+    ) -> None:
+        frames = settings.denoised_frames(self.variant)
+        symbols = dit_symbols(self.variant, settings.size, frames, guided=guidance_scale != 1.0)
+        for name in DIT_STEP:
+            _prepare_sessions(sessions[name], symbols)
 
     def _phases(self, size: Size, num_frames: int) -> list[PhaseMemory]:
         """What the parts that run on the device take."""
@@ -459,9 +467,38 @@ class Pipeline:
         return replace(made, vace_scale=settings.context_scale)
 
     def _stages(self, settings: Settings, grid: Grid) -> list[Stage]:
-        """Each expert with the steps it serves."""
+        """Each expert with the steps it serves, and how it makes room for the next one."""
         steps = split_steps(grid, self.variant.boundary_ratios)
-        return list(map(Stage, self.transformers, steps, settings.guidance_scales))
+        stages = list(map(Stage, self.transformers, steps, settings.guidance_scales))
+        stages = [stage for stage in stages if stage.steps]
+        for index, following in enumerate(stages[1:]):
+            stage, part = stages[index], self.parts[stages[index].transformer.name]
+            handover = part.hand_over_to(self.parts[following.transformer.name])
+            if handover is not None:
+                for each in (stage, following):  # one arena for both, before anything is captured
+                    self._prepare_expert(each.transformer.sessions, settings, each.guidance_scale)
+                stages[index] = replace(stage, handover=handover)
+        return stages
+
+
+def _take_turns(
+    bundle: Bundle, runtime: Runtime, device: Device, trust_plans: bool
+) -> dict[str, Part]:
+    """The experts of a bundle as parts that share their memory, if there are several."""
+    names = [expert.name for expert in bundle.variant.experts]
+    if len(names) == 1 or not all(is_bound(bundle, name, runtime) for name in names):
+        return {}
+    turns = Turns(slot_sizes(bundle.components(name) for name in names), device)
+
+    def part(name: str) -> Part:
+        return ExpertPart(
+            lambda: load_part(
+                bundle, name, runtime, device, slots=turns.slots, trust_plans=trust_plans
+            ),
+            turns,
+        )
+
+    return {name: part(name) for name in names}
 
 
 def _memory_is_full(error: torch.OutOfMemoryError) -> ExecutionError:

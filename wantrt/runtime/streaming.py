@@ -52,7 +52,7 @@ class Ring:
 
     def __init__(self, stacks: Sequence[Tensors], device: Device) -> None:
         self.device = device
-        layout = _Layout.of(stacks[0])
+        layout = Layout.of(stacks[0])
         count = min(2, len(stacks))
         self._host = [layout.pack(stack, device) for stack in stacks]
         self._blocks = [device.empty((layout.nbytes,), torch.uint8) for _ in range(count)]
@@ -117,7 +117,7 @@ class StreamedSession:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where the tensors of a stack lie in one block of bytes, so that a stack is one copy."""
 
     offsets: Mapping[str, int]
@@ -125,7 +125,7 @@ class _Layout:
     nbytes: int
 
     @classmethod
-    def of(cls, stack: Tensors) -> "_Layout":
+    def of(cls, stack: Tensors) -> "Layout":
         offsets, end = {}, 0
         for name, tensor in stack.items():
             offsets[name] = end
