@@ -71,7 +71,7 @@ TABLE = Table(
         ("python s", number("python_s", 3)),
         ("import s", number("import_s")),
         ("load s", number("load_s")),
-        ("p90", number("load_s", part="p90")),
+        ("load p90", number("load_s", part="p90")),
         ("first s", number("first_s")),
         ("second s", number("second_s")),
         ("to video s", number("to_first_video_s")),
@@ -172,14 +172,16 @@ def measure(
 def start_process(asked: dict[str, Any]) -> dict[str, Any]:
     """Run a process to its end. `numbers`: the names of what it measured, which lies beside.
 
-    Raises ExecutionError with the last line that it said.
+    Raises ExecutionError with the error that it ended by.
     """
     begun = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", PROCESS, json.dumps(asked)], capture_output=True, text=True
     )
     if done.returncode:
-        said = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+        # after the last line of the traceback, all of which are indented
+        said = done.stderr.rstrip().rpartition("\n  ")[2].partition("\n")[2]
+        said = said or f"exit code {done.returncode}"
         raise ExecutionError(f"the process that was to be measured failed: {said}")
     told = json.loads(done.stdout.strip().rpartition("\n")[2])
     marks, requests = told["marks"], told["requests_s"]

@@ -67,10 +67,10 @@ TABLE = Table(
         ("videos/h", number("videos_per_hour", 0)),
         ("frames/s", number("frames_per_second", 1)),
         ("latency s", number("latency_s")),
-        ("p90", number("latency_s", part="p90")),
-        ("p99", number("latency_s", part="p99")),
+        ("latency p90", number("latency_s", part="p90")),
+        ("latency p99", number("latency_s", part="p99")),
         ("queue s", number("queue_s")),
-        ("p90", number("queue_s", part="p90")),
+        ("queue p90", number("queue_s", part="p90")),
         ("busy", number("busy_fraction", 0, "%", 100)),
     )
 )
