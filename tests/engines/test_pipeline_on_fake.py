@@ -14,7 +14,7 @@ import pytest
 from tests.engines.fake.device import FakeDevice, FakeEvent
 from tests.engines.fake.install import install_tensorrt_rtx
 from tests.engines.fake.tensorrt import Runtime
-from tests.runtime.diffusers_checkpoint import make_pipeline, save
+from tests.runtime.diffusers_checkpoint import make_pipeline, make_transformer, save
 from wantrt import Pipeline, config
 from wantrt.build import plan_build
 from wantrt.device import Arena
@@ -22,9 +22,11 @@ from wantrt.engines import requests
 from wantrt.engines.flavours import find_flavour
 from wantrt.engines.loaded_plan import Context
 from wantrt.errors import SettingsError
+from wantrt.experts import ExpertRange
 from wantrt.nano.judge import judge
 from wantrt.runtime import denoiser, loading, sizes
 from wantrt.runtime.capture import Repeated
+from wantrt.runtime.residency import ExpertPart
 
 RUNTIME = "tensorrt-rtx"
 PROMPTS = {
@@ -207,12 +209,46 @@ def test_two_experts_with_two_passes(patches, monkeypatch, tmp_path, batch_token
     ).run()
     with Pipeline.load(bundle.path, runtime="torch") as pipe:
         expected = pipe("a red cat", **settings).frames.astype(int)
-    made = []
-    for residency in ("resident", "stream"):
-        with fake_gpu(), Pipeline.load(bundle.path, RUNTIME, residency=residency) as pipe:
-            made.append(pipe("a red cat", **settings).frames)
-    assert np.array_equal(*made)
+    made = [
+        frames_on_gpu(bundle.path, residency, settings)
+        for residency in ("resident", "phase", "stream")
+    ]
+    assert np.array_equal(made[0], made[1])
+    assert np.array_equal(made[0], made[2])
     assert np.abs(made[0] - expected).mean() < 1
+
+
+def frames_on_gpu(bundle, residency, settings):
+    with fake_gpu(), Pipeline.load(bundle, RUNTIME, residency=residency) as pipe:
+        return pipe("a red cat", **settings).frames
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bound", "baked"])
+def test_a_hybrid_of_two_widths(patches, tmp_path, weights):
+    """Each expert has plans of its own; bound weights take turns in one memory."""
+    ranges = []
+    for name, heads, start, end in (("wide", 4, 1, 0.9), ("narrow", 2, 0.9, 0)):
+        checkpoint = make_pipeline()
+        checkpoint.register_modules(transformer=make_transformer(heads))
+        ranges.append(ExpertRange("custom", str(save(checkpoint, tmp_path / name)), start, end))
+    settings = {**SHORT, "num_inference_steps": 5, "size": (80, 48), "num_frames": 9}
+    bundle = plan_build(
+        experts=ranges,
+        out=tmp_path / "bundle",
+        runtime=RUNTIME,
+        sizes=[(80, 48)],
+        frames=[9],
+        weights=weights,
+    ).run()
+    with Pipeline.load(bundle.path, runtime="torch") as pipe:
+        expected = pipe("a red cat", **settings).frames.astype(int)
+    with fake_gpu(), Pipeline.load(bundle.path, RUNTIME, residency="phase") as pipe:
+        taking_turns = [isinstance(part, ExpertPart) for part in pipe.parts.values()]
+        assert sum(taking_turns) == (2 if weights == "bound" else 0)
+    resident = frames_on_gpu(bundle.path, "resident", settings)
+    assert np.array_equal(frames_on_gpu(bundle.path, "phase", settings), resident)
+    assert np.abs(resident - expected).mean() < 1
 
 
 def test_a_size_that_no_plan_serves(bundles, device):

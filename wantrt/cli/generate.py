@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     default="resident",
     show_default=True,
     metavar="NAME",
-    help="What stays in a GPU's memory: resident (all), phase (a part at a time; the "
-    "second expert takes the place of the first as that finishes) or stream (phase, and stacks come "
+    help="What stays in a GPU's memory: resident (all), phase (a part at a time; a "
+    "second expert takes the first one's place as that finishes) or stream (phase, and stacks come "
     "from host memory).",
 )
 @click.option(
