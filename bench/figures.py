@@ -5,7 +5,7 @@ command measures next to them is drawn without a change here.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wantrt.bench import plots
@@ -32,12 +32,20 @@ BLOCK = {
     "attention_ms": ("attention", "c2"),
     "rest_ms": ("the rest", "c3"),
 }
+BUILD_S = {
+    "weights_s": ("weights", "c2"),
+    "graphs_s": ("graphs", "c3"),
+    "plans_s": ("plans", "c1"),
+}
+BUILD_BYTES = {key.replace("_s", "_bytes"): told for key, told in BUILD_S.items()}
 MEMORY = {
+    "peak_bytes": ("on top of what was loaded", "c1"),
     "peak_rss_bytes": ("resident, host", "c1"),
     "peak_anonymous_bytes": ("allocated, host", "c2"),
     "peak_gpu_bytes": ("GPU, by NVML", "c3"),
     "peak_allocated_bytes": ("GPU, by torch's allocator", "c4"),
 }
+MOST_NAMES = 6  # beside the points of a plot
 COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
 
 
@@ -122,7 +130,7 @@ def stacked(
             ]
             total = (value(row, whole) if whole else None) or sum(taken.values())
             if (other := total - sum(taken.values())) > 1e-3 * total:
-                pieces.append(Part(other, "c6", f"between the stages: {quantity(unit, other)}"))
+                pieces.append(Part(other, "c6", f"besides: {quantity(unit, other)}"))
             found.append(Bar(label, pieces, quantity(unit, total)))
         return Figure(title, plots.bars(found), note) if found else None
 
@@ -134,11 +142,12 @@ def amounts(title: str, keys: Mapping[str, tuple[str, str]], note: str = "") -> 
 
     def draw(result: Result) -> Figure | None:
         found = []
+        several = sum(any(key in row for row in result.rows) for key in keys) > 1
         for row, label in zip(result.rows, labels(result.rows), strict=True):
             for key, (what, colour) in keys.items():
                 if (told := value(row, key)) is None:
                     continue
-                name, group = (what, label) if len(keys) > 1 else (label, "")
+                name, group = (what, label) if several else (label, "")
                 low, high = ends(row, key)
                 text = quantity(key, told)
                 found.append(Bar(name, [Part(told, colour, text)], text, group, low, high))
@@ -254,21 +263,24 @@ def growth(title: str, y_title: str, key: str, floor_key: str | None = None) -> 
 
 def quality(result: Result) -> Figure | None:
     """PSNR over the speed gained; without one, as bars."""
-    floors = [told for r in result.rows if r.get("noise_floor") and (told := value(r, "psnr_db"))]
-    mark = (min(floors), "noise floor: another exact attention") if floors else None
-    rows = [r for r in result.rows if value(r, "psnr_db") and not r.get("noise_floor")]
-    note = "PSNR against the reference's videos from the same latents; higher is nearer"
+    told = [(row, psnr) for row in result.rows if (psnr := value(row, "psnr_db")) is not None]
+    rows = [(row, psnr) for row, psnr in told if not row.get("noise_floor")]
     if not rows:
         return None
-    if all(value(row, "speedup") for row in rows):
-        points = [(value(row, "speedup") or 1.0, value(row, "psnr_db") or 0.0) for row in rows]
-        series = [Series("bundles", points, "c1", labels(rows), joined=False)]
+    floors = [psnr for row, psnr in told if row.get("noise_floor")]  # the last is of all of them
+    told_floor = "noise floor: the reference with another exact attention"
+    mark = (floors[-1], told_floor) if floors else None
+    note = "PSNR against the reference's videos from the same latents; higher is nearer."
+    names = labels([row for row, _ in rows])
+    points = [(gained, psnr) for row, psnr in rows if (gained := value(row, "speedup"))]
+    if len(points) == len(rows):
+        shown = names if len(rows) <= MOST_NAMES else ["" for _ in names]
+        series = [Series("videos", points, "c1", shown, joined=False)]
         axes = Axis("times as fast as the reference"), Axis("PSNR", "psnr_db")
         return Figure("Quality against speed", plots.plot(series, *axes, mark=mark), note)
     found = [
-        Bar(label, [Part(told, "c1", label)], quantity("psnr_db", told))
-        for row, label in zip(rows, labels(rows), strict=True)
-        if (told := value(row, "psnr_db"))
+        Bar(name, [Part(psnr, "c1", name)], quantity("psnr_db", psnr))
+        for name, (_, psnr) in zip(names, rows, strict=True)
     ]
     return Figure("Quality", plots.bars(found, mark), note)
 
@@ -288,6 +300,11 @@ def engine_colour(engine: str) -> str:
     if engine.startswith("wantrt"):
         return "c1"
     return "c2" if "compiled" in engine else "c5"
+
+
+def of_rows(key: str, draw: Draw) -> Draw:
+    """Of those rows alone that have a key."""
+    return lambda result: draw(replace(result, rows=[row for row in result.rows if key in row]))
 
 
 memory = amounts("Peak memory", MEMORY)
@@ -326,9 +343,10 @@ FIGURES: dict[str, tuple[Draw, ...]] = {
         memory,
     ),
     "build": (
-        amounts("Time to build", only(["build_s"])),
-        amounts("Bytes of the result", only(["bytes"], "c3")),
-        memory,
+        of_rows("what", stacked("Time to build", BUILD_S, "build_s")),
+        of_rows("kind", amounts("Time of each part", only(["build_s"]))),
+        of_rows("what", stacked("Bytes of the bundle", BUILD_BYTES, "bytes")),
+        of_rows("what", memory),
     ),
     "kernels": (
         amounts(

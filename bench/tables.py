@@ -58,6 +58,10 @@ def table_of(result: Result) -> Table:
         table = getattr(import_module(module), "TABLE", None)
         if isinstance(table, Table):
             return table
+    return plain_table(result)
+
+
+def plain_table(result: Result) -> Table:
     keys = dict.fromkeys(key for row in result.rows for key in row)
     return Table([(key, plain(key)) for key in keys])
 
