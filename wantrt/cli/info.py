@@ -182,7 +182,7 @@ def sizes_table(sizes: list[dict[str, Any]]) -> "Table":
             parts = [gib(memory[f"{column}_bytes"]) for column in columns]
             rows.add_row(*facts, policy, *parts, plans)
             facts, plans = ["", "", ""], ""
-    rows.caption = "a GPU's memory at its fullest, with guidance; scratch is an estimate"
+    rows.caption = "a GPU's memory at its fullest, with guidance; scratch is the torch runtime's"
     return rows
 
 

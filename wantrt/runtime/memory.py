@@ -129,7 +129,7 @@ def phases(
                 streamed_bytes=streamed,
                 caches_bytes=caches,
                 buffers_bytes=buffers,
-                held_bytes=0 if part == "text_encoder" else _held_bytes(variant, size, num_frames),
+                held_bytes=_held_bytes(variant, part, size, num_frames),
                 stays=part not in ("text_encoder", "image_encoder", "vae_encoder"),
                 runs=[
                     (component, symbols)
@@ -273,10 +273,10 @@ def _text_bytes(components: Mapping[str, Component], symbols: Symbols) -> int:
 
 
 def _image_bytes(variant: Variant, components: Mapping[str, Component], symbols: Symbols) -> int:
-    """An image at a time; the features of all, singly and joined."""
+    """An image at a time; the features of those before it."""
     encoder = components["image_encoder"]
     features = _nbytes_of(encoder.outputs, symbols)
-    return _nbytes_of(encoder.inputs, symbols) + 2 * variant.num_images * features
+    return _nbytes_of(encoder.inputs, symbols) + (variant.num_images - 1) * features
 
 
 def _decoder_bytes(components: Mapping[str, Component], symbols: Symbols) -> tuple[int, int]:
@@ -325,22 +325,25 @@ def _dit_bytes(variant: Variant, components: Mapping[str, Component], symbols: S
         + _nbytes(head.inputs["e"], symbols)
         + _nbytes_of(time.outputs, symbols)
     )
-    embeds = components["dit_condition"].inputs["text_embeds"]
-    of_a_step += _nbytes(embeds, {**symbols, "B": 2})
+    of_a_step += _nbytes_of(components["dit_condition"].inputs, {**symbols, "B": 2})
     if "hint" in stack.inputs:  # VACE: a second chain, and what it starts from
         of_a_run += hidden
         of_a_step += _nbytes(components["dit_vace_start"].inputs["vace_context"], symbols)
     return runs * of_a_run + of_a_step
 
 
-def _held_bytes(variant: Variant, size: Size, num_frames: int) -> int:
+def _held_bytes(variant: Variant, part: str, size: Size, num_frames: int) -> int:
     """Of a guided generation: text embeddings, as they are remembered and joined; noise; what is
     known of the video, and of its images."""
+    if part == "text_encoder":
+        return 0
     dit = variant.experts[0].dit
     embeds = 2 * 2 * dit.text_len * dit.text_dim
     cells = _latent_frames(variant, num_frames) * prod(vae_symbols(variant, size).values())
     latent = (dit.in_channels + (dit.vace_channels or 0)) * cells
-    features = (variant.image_rows or 0) * (dit.image_dim or 0)
+    features = 0
+    if part != "image_encoder":
+        features = (variant.image_rows or 0) * (dit.image_dim or 0)
     return (embeds + latent + features) * FLOAT_BYTES
 
 

@@ -6,7 +6,7 @@ outside the modules, the operations between the matrix products, stands here as 
 its results.
 
 What torch allocates inside an operator is not seen: cuDNN's workspace for convolutions, and
-cuBLAS's, of 32 MiB or less. A plan has scratch of its own, most often less: TensorRT fuses more.
+cuBLAS's, of 32 MiB or less. A plan has scratch of its own, which TensorRT tells when it is loaded.
 """
 
 from collections.abc import Iterable, Mapping
