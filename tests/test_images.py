@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from wantrt.errors import MediaError
-from wantrt.images import load_image
+from wantrt.images import image_size, load_image
 
 
 def gradient(width=40, height=24):
@@ -194,3 +194,19 @@ def test_no_images(tmp_path):
     ]:
         with pytest.raises(MediaError, match=f"cannot read the image .*{name}: {reason}"):
             load_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_the_size_in_the_header_is_that_of_the_pixels(orientation, tmp_path):
+    path, exif = tmp_path / "a.jpg", Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.new("RGB", (48, 32)).save(path, exif=exif)
+    height, width = load_image(path).shape[:2]
+    assert image_size(path) == (width, height)
+
+
+def test_the_size_of_what_is_no_image(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(MediaError, match="it is none of PNG"):
+        image_size(tmp_path / "a.png")

@@ -8,8 +8,9 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("wantrt")
 
 Pixels = NDArray[np.uint8]  # [H, W, 3], RGB
+Read = TypeVar("Read")
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not EPS: it would run Ghostscript
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of frames in folders
 GIVEN = "that was given"  # in place of a path
+ORIENTATION, FIRST_ON_ITS_SIDE = 0x0112, 5  # of EXIF: from 5 on, width and height change places
 MAX_PIXELS = 89_000_000  # of one image; just below where Pillow itself would warn
 
 
@@ -51,6 +54,25 @@ def load_image(source: "str | os.PathLike[str] | Image.Image | Pixels") -> Pixel
     return _guarded(str(path), lambda: _read_file(path))
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image file as `load_image` gives it, from its header alone.
+
+    Raises MediaError for a file that is none.
+    """
+
+    def read() -> tuple[int, int]:
+        from PIL import Image
+
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            with suppress(Exception):  # broken EXIF: see _upright
+                if image.getexif().get(ORIENTATION, 1) >= FIRST_ON_ITS_SIDE:
+                    return height, width
+            return width, height
+
+    return _guarded(str(path), read)
+
+
 def check_pixels(array: NDArray[np.uint8]) -> Pixels:
     """The array itself if it is uint8 [H, W, 3] and not empty. Raises MediaError."""
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
@@ -65,7 +87,7 @@ def _read_file(path: Path) -> Pixels:
         return _read(image, str(path))
 
 
-def _guarded(name: str, read: Callable[[], Pixels]) -> Pixels:
+def _guarded(name: str, read: Callable[[], Read]) -> Read:
     """Whatever Pillow objects to is a MediaError of one line."""
     from PIL import Image, UnidentifiedImageError
 

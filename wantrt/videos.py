@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wantrt.config import Size
 from wantrt.encoders import Frames
 from wantrt.errors import MediaError
-from wantrt.images import IMAGE_SUFFIXES, MAX_PIXELS, Pixels, check_pixels, load_image
+from wantrt.images import IMAGE_SUFFIXES, MAX_PIXELS, Pixels, check_pixels, image_size, load_image
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -76,11 +77,7 @@ class Footage:
             )
         frames = np.empty((len(wanted), height, width, 3), np.uint8)
         for i, pixels in enumerate(self.decode(wanted)):
-            if pixels.shape != frames.shape[1:]:
-                raise MediaError(
-                    f"{self.name} holds frames of different sizes: {width}x{height} and "
-                    f"{pixels.shape[1]}x{pixels.shape[0]}; make them alike"
-                )
+            _check_alike(self.name, self.size, (pixels.shape[1], pixels.shape[0]))
             frames[i] = pixels
         return frames
 
@@ -88,6 +85,14 @@ class Footage:
         """The brightness of frames: uint8 [T, H, W]."""
         frames = self.read(indices)
         return np.stack([brightness(frame) for frame in frames])
+
+
+def _check_alike(name: str, size: Size, other: Size) -> None:
+    if other != size:
+        raise MediaError(
+            f"{name} holds frames of different sizes: {size[0]}x{size[1]} and "
+            f"{other[0]}x{other[1]}; make them alike"
+        )
 
 
 def brightness(image: Pixels) -> NDArray[np.uint8]:
@@ -146,6 +151,8 @@ def _from_folder(folder: Path) -> Footage:
         kinds = ", ".join(IMAGE_SUFFIXES)
         raise MediaError(f"cannot read the video {folder}: the folder has no images ({kinds})")
     height, width = load_image(paths[0]).shape[:2]
+    for path in paths[1:]:
+        _check_alike(str(folder), (width, height), image_size(path))
     times = tuple(Fraction(i) for i in range(len(paths)))
 
     def decode(wanted: Sequence[int]) -> Iterator[Pixels]:

@@ -81,6 +81,11 @@ CASES = {
         "t2v",
         {"size": (64, 96), "guidance_scale": 1.0},
     ),
+    "ti2v of one frame": (
+        "ti2v-5b",
+        "t2v",
+        {"size": (64, 96), "num_frames": 1, "guidance_scale": 4.0},
+    ),
     "ti2v of an image": (
         "ti2v-5b",
         "i2v",

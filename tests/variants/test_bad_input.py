@@ -7,6 +7,7 @@ from PIL import Image
 from tests.tasks.pictures import film, moving_mask, picture
 from tests.variants.small import bundle_of
 from wantrt import Pipeline
+from wantrt.cli import main
 from wantrt.errors import MediaError, SettingsError
 
 IMAGE = picture(48, 32)
@@ -55,6 +56,9 @@ UNREADABLE = [
     (VACE, {"reference_images": "text.png"}, "it is none of PNG, JPEG"),
     (VACE, {"video": "none.mp4"}, "there is no such file or folder"),
     (VACE, {"video": "."}, "different sizes|none of PNG|truncated"),
+    (VACE, {"video": "mixed"}, "mixed holds frames of different sizes: 48x32 and 64x32"),
+    (VACE, {"video": FILM, "mask": "mixed"}, "mixed holds frames of different sizes"),
+    (VACE, {"video": "with text"}, "1.png: it is none of PNG, JPEG"),
     (VACE, {"video": FILM[:0]}, "has no frames"),
     (VACE, {"video": 5}, "got int"),
     (VACE, {"video": FILM, "mask": "text.png"}, "it is none of PNG, JPEG"),
@@ -95,6 +99,21 @@ def test_what_cannot_be_read(refuses, variant, given, said, tmp_path, monkeypatc
     whole = (tmp_path / "whole.png").read_bytes()
     (tmp_path / HALF).write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("no image")
+    for folder in ("mixed", "with text"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(IMAGE).save(tmp_path / folder / "0.png")
+    Image.fromarray(picture(64, 32)).save(tmp_path / "mixed" / "1.png")
+    (tmp_path / "with text" / "1.png").write_text("no image")
     with pytest.raises(MediaError, match=said) as caught:
         refuses(variant, **given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["--image", "--last-image", "--video", "--mask"])
+def test_an_input_that_is_given_twice(option, monkeypatch, capfd):
+    """The command line would take the last one."""
+    monkeypatch.setattr("sys.argv", ["wantrt", "generate", "x", option, "a.png", option, "b.png"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"{option}': it is given 2 times; give one" in " ".join(capfd.readouterr().err.split())

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from wantrt.jobs import Job
 
 
+def one_of(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """Callback of an option that takes one value, and of which a second would be lost silently."""
+    if len(values) > 1:
+        raise click.BadParameter(f"it is given {len(values)} times; give one", ctx, param)
+    return values[0] if values else None
+
+
 @command()
 @click.argument("prompt", required=False)
 @click.option(
@@ -29,11 +36,29 @@ if TYPE_CHECKING:
     help="tensorrt, tensorrt-rtx, onnxruntime or torch.",
 )
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.")
-@click.option("--image", metavar="FILE", help="The first frame (I2V, FLF2V, TI2V).")
-@click.option("--last-image", metavar="FILE", help="The last frame (FLF2V).")
-@click.option("--video", metavar="PATH", help="What steers: a file or a folder of frames (VACE).")
 @click.option(
-    "--mask", metavar="PATH", help="White: made anew. A video, a folder or one image (VACE)."
+    "--image",
+    metavar="FILE",
+    multiple=True,
+    callback=one_of,
+    help="The first frame (I2V, FLF2V, TI2V).",
+)
+@click.option(
+    "--last-image", metavar="FILE", multiple=True, callback=one_of, help="The last frame (FLF2V)."
+)
+@click.option(
+    "--video",
+    metavar="PATH",
+    multiple=True,
+    callback=one_of,
+    help="What steers: a file or a folder of frames (VACE).",
+)
+@click.option(
+    "--mask",
+    metavar="PATH",
+    multiple=True,
+    callback=one_of,
+    help="White: made anew. A video, a folder or one image (VACE).",
 )
 @click.option(
     "--reference-image",
@@ -180,8 +205,9 @@ def show(console: Console, result: "Made | Failed") -> None:
         return
     settings, phases = result.settings, result.timings
     width, height = settings.size
+    frames = "1 frame" if settings.num_frames == 1 else f"{settings.num_frames} frames"
     console.print(
-        f"{settings.prompt!r}: {width}x{height}, {settings.num_frames} frames, "
+        f"{settings.prompt!r}: {width}x{height}, {frames}, "
         f"{settings.num_inference_steps} steps, seed {settings.seed}",
         ", ".join(f"{name.removesuffix('_s')} {s:.1f} s" for name, s in phases.items())
         + f"; {result.seconds:.1f} s to the file",

@@ -100,8 +100,6 @@ def resolve(
     asked_size = size
     size, num_frames, fit = choose_size(variant, source, size, num_frames, fit, convention)
     check_size(variant, size)
-    if asked_size is not None:
-        warn_of_size(variant, asked_size)
     check_frames(variant, num_frames)
     if not prompt.strip():
         log.warning("the prompt is empty: the video will show anything")
@@ -143,6 +141,8 @@ def resolve(
         raise SettingsError(f"seed is {seed}; use 0 to 2**64 - 1")
     if noise == "cuda" and not _has_cuda():
         raise SettingsError("noise cuda needs a GPU, and torch finds none; use --noise cpu")
+    if asked_size is not None:
+        warn_of_size(variant, asked_size)
     return settings
 
 
