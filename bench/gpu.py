@@ -8,8 +8,9 @@ random: a GPU multiplies zeros faster.
 
 import math
 import subprocess
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,12 @@ def positive(text: str) -> int:
     if number < 1:
         raise ArgumentTypeError(f"{text} is below 1")
     return number
+
+
+def output_options(parser: ArgumentParser) -> None:
+    """Those of every command of the suite, for the ones that run without click."""
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder")
+    parser.add_argument("--note", help="kept with the result")
 
 
 def capture(work: Work, pool: Any = None) -> Callable[[], None]:

@@ -8,8 +8,8 @@ measured in the same run: least bytes (kernel_cases.py) by median time. Every co
 same tensors, several sets of them in rotation, together more than four times the L2 cache; all are
 captured as graphs and replayed in turn. Errors are those of the largest and of the root mean
 square, against the reference in float32, for our kernel and for the reference at the model's dtype:
-a kernel must not be worse. A table goes to stderr, a JSON object last to stdout and to
-bench/results/kernels.json; status 1 says that a kernel failed or was less accurate.
+a kernel must not be worse. A table goes to stderr, a JSON object last to stdout and to the folder
+--out; status 1 says that a kernel failed or was less accurate.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from wantrt.bench.gpu import (
     first_line,
     l2_bytes,
     matrix_rate,
+    output_options,
     positive,
     require_gpu,
     state,
-    summary,
     time_in_turn,
     usable,
 )
@@ -49,7 +49,7 @@ from wantrt.bench.kernel_cases import (
     kernel,
     reference,
 )
-from wantrt.bench.report import publish
+from wantrt.bench.result import Result, Table, number, publish, spread, start, text
 from wantrt.linked import refuse_other_names
 
 refuse_other_names(__spec__)
@@ -66,6 +66,21 @@ MARGIN = 1.05  # of the reference's own rounding error: that of another order of
 
 Sets = Sequence[tuple[Any, ...]]
 
+TABLE = Table(
+    (
+        ("kernel", text("name")),
+        ("µs", number("kernel_us", 1)),
+        ("p10", number("kernel_us", 1, part="p10")),
+        ("p90", number("kernel_us", 1, part="p90")),
+        ("eager", number("eager_us", 1)),
+        ("compiled", number("compiled_us", 1)),
+        ("copy", number("copy_us", 1)),
+        ("of copy", number("copy_fraction", 0, " %", 100)),
+        ("of products", number("matrix_fraction", 0, " %", 100)),
+        ("error", lambda row: f"{row['kernel_error_rms']:.1e}" if passes(row) else "FAILED"),
+    )
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -75,13 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in all_cases(options.tokens, options.channels, options.dtypes)
         if case.op in options.ops
     ]
-    with torch.inference_mode():
-        measured = measure_all(chosen, options.samples, options.minutes)
-    for what in ("failed", "below_aim", "slower_than_compiled", "left_out"):
-        if measured[what]:
-            tell(f"{what.replace('_', ' ')}: " + "; ".join(measured[what]))
-    publish("kernels", measured)
-    if measured["failed"]:
+    told = ("ops", "tokens", "channels", "dtypes", "samples")
+    result = start("kernels", {name: getattr(options, name) for name in told}, options.note)
+    with torch.inference_mode(), publish(result, options.out):
+        measure_all(result, chosen, options.samples, options.minutes)
+        for what, names in verdict(result.rows).items():
+            if names:
+                tell(f"{what.replace('_', ' ')}: " + "; ".join(names))
+    if not all(row["passed"] for row in result.rows):
         raise SystemExit(1)
 
 
@@ -122,43 +138,35 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=8.5, help="no case is begun after them; the rest is named"
     )
+    output_options(parser)
     return parser.parse_args(arguments)
 
 
-def measure_all(cases: Sequence[Case], samples: int, minutes: float) -> dict[str, Any]:
-    """The machine's best rates, a row a case (also to stderr), what failed or was left out."""
+def measure_all(result: Result, cases: Sequence[Case], samples: int, minutes: float) -> None:
+    """A row a case (also to stderr), the machine's best rates, and what was left out."""
     deadline = time.monotonic() + 60 * minutes
-    before = state()
     copy_rate, matmul_rate = copy_bandwidth(), matrix_rate()
+    result.machine["rates"] = {"matrix": matmul_rate, "copy": copy_rate}
     tell(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy "
         f"{copy_rate / 1e9:,.0f} GB/s, bf16 product {matmul_rate / 1e12:.0f} TFLOP/s\n"
         f"{'median µs':62} " + " ".join(f"{name:>10}" for name in CONTENDERS) + "  share, error"
     )
-    rows: list[Row] = []
     for case in cases:
         if time.monotonic() > deadline or not usable():
             break
-        rows.append(measure(case, samples, copy_rate, matmul_rate))
-        tell(line(rows[-1]))
-    return {
-        "copy_gb_per_s": round(copy_rate / 1e9, 1),
-        "copy_at_the_end_gb_per_s": round(copy_bandwidth() / 1e9, 1) if usable() else None,
-        "matrix_tflops": round(matmul_rate / 1e12, 1),
-        "l2_mib": l2_bytes() / 2**20,
-        "samples": samples,
-        "state_before": before,
-        "state_after": state(),
-        "rows": rows,
-        "failed": [row["case"] for row in rows if not row["passed"]],
-        "left_out": [case.name for case in cases[len(rows) :]],
-        **verdict(rows),
-    }
+        result.rows.append(measure(case, samples, copy_rate, matmul_rate))
+        tell(line(result.rows[-1]))
+    if usable():
+        result.machine["rates_at_the_end"] = {"copy": copy_bandwidth()}
+        result.machine["gpu_state_at_the_end"] = state()
+    if left_out := [case.name for case in cases[len(result.rows) :]]:
+        result.partial = f"no time was left, or the GPU failed, for: {'; '.join(left_out)}"
 
 
 def measure(case: Case, samples: int, copy_rate: float, matmul_rate: float) -> Row:
     """One case: times of all contenders, shares of the best rates, errors."""
-    row: Row = {"case": case.name, "op": case.op, "bytes_moved": case.bytes_moved}
+    row: Row = {"name": case.name, "op": case.op, "bytes_moved": case.bytes_moved}
     torch._dynamo.reset()  # or the ninth shape of an op would run uncompiled
     torch.cuda.empty_cache()
     try:
@@ -176,11 +184,12 @@ def measure(case: Case, samples: int, copy_rate: float, matmul_rate: float) -> R
         times = time_in_turn(replays, samples)
     except Exception as error:  # no kernel, no memory, a fault: the other cases may still run
         return {**row, "passed": False, "problem": first_line(error)}
-    row |= {"sets": len(sets), "calls_per_sample": calls, "error": errors}
+    row |= {"sets": len(sets), "calls_per_sample": calls}
+    for name, error in errors.items():
+        row |= {f"{name}_error_{kind}": size for kind, size in error.items()}
     for name, found in times.items():
-        row[name] = summary([ms * 1e3 / calls for ms in found], "us", 2)
-    for name, problem in problems.items():
-        row[name] = {"problem": problem}
+        row[f"{name}_us"] = spread([ms * 1e3 / calls for ms in found], 2)
+    row |= {f"{name}_problem": problem for name, problem in problems.items()}
     return row | shares(case, row, copy_rate, matmul_rate)
 
 
@@ -266,65 +275,65 @@ def copy_tensors(bytes_moved: int) -> tuple[Tensor, Tensor]:
 
 def shares(case: Case, row: Row, copy_rate: float, matmul_rate: float) -> Row:
     """What the times of a row mean."""
-    medians = {n: row[n]["median_us"] for n in CONTENDERS if "median_us" in row.get(n, {})}
-    found: Row = {"passed": passes(row.get("error", {}))}
+    medians = {n: row[f"{n}_us"]["median"] for n in CONTENDERS if f"{n}_us" in row}
+    found: Row = {"passed": passes(row)}
     if "kernel" not in medians:
         return found
     seconds = medians["kernel"] * 1e-6
     found["gb_per_s"] = round(case.bytes_moved / seconds / 1e9, 1)
-    found["of_copy_bandwidth"] = round(case.bytes_moved / seconds / copy_rate, 4)
+    found["copy_fraction"] = round(case.bytes_moved / seconds / copy_rate, 4)
     if case.flops is not None:
-        found["of_matrix_rate"] = round(case.flops / seconds / matmul_rate, 4)
+        found["matrix_fraction"] = round(case.flops / seconds / matmul_rate, 4)
     for name in CONTENDERS[1:]:
         if name in medians:  # above 1: the kernel is faster
             found[f"speedup_over_{name}"] = round(medians[name] / medians["kernel"], 4)
     return found
 
 
-def passes(errors: Mapping[str, Mapping[str, float]]) -> bool:
+def passes(row: Row) -> bool:
     """Whether the kernel is as near to float32 as the reference at the same dtype."""
-    if "kernel" not in errors or "eager" not in errors:
+    if "kernel_error_rms" not in row or "eager_error_rms" not in row:
         return False
-    return errors["kernel"]["rms"] <= MARGIN * errors["eager"]["rms"] + ROUNDING
+    return bool(row["kernel_error_rms"] <= MARGIN * row["eager_error_rms"] + ROUNDING)
 
 
 def verdict(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The cases that miss an aim: 85 % of the copy bandwidth; at least torch.compile's speed."""
+    """What failed, and what misses an aim: 85 % of the copy bandwidth; torch.compile's speed."""
     return {
+        "failed": [row["name"] for row in rows if not row["passed"]],
         "below_aim": [
-            row["case"]
+            row["name"]
             for row in rows
-            if "of_matrix_rate" not in row and row.get("of_copy_bandwidth", 1) < COPY_SHARE
+            if "matrix_fraction" not in row and row.get("copy_fraction", 1) < COPY_SHARE
         ],
         "slower_than_compiled": [
-            row["case"] for row in rows if row.get("speedup_over_compiled", 1) < 1
+            row["name"] for row in rows if row.get("speedup_over_compiled", 1) < 1
         ],
     }
 
 
 def line(row: Mapping[str, Any]) -> str:
     """A row for people."""
-    if "kernel" not in row:
-        return f"{row['case']:62} {row['problem']}"
+    if "problem" in row:
+        return f"{row['name']:62} {row['problem']}"
 
     def median(name: str) -> str:
-        return (
-            f"{row[name]['median_us']:10.1f}" if "median_us" in row.get(name, {}) else f"{'-':>10}"
-        )
+        found = row.get(f"{name}_us")
+        return f"{found['median']:10.1f}" if found else f"{'-':>10}"
 
-    if "of_matrix_rate" in row:
-        share = f"{100 * row['of_matrix_rate']:6.1f} % matrix"
-    elif "of_copy_bandwidth" in row:
-        share = f"{100 * row['of_copy_bandwidth']:6.1f} % copy  "
+    if "matrix_fraction" in row:
+        share = f"{100 * row['matrix_fraction']:6.1f} % matrix"
+    elif "copy_fraction" in row:
+        share = f"{100 * row['copy_fraction']:6.1f} % copy  "
     else:
         share = f"{'-':>15}"
-    error = row["error"].get("kernel", {}).get("rms", math.nan)
+    error = row.get("kernel_error_rms", math.nan)
     told = "" if row["passed"] else "  FAILED"
     for name in CONTENDERS:
-        if "problem" in row.get(name, {}):
-            told += f"  {name}: {row[name]['problem']}"
+        if f"{name}_problem" in row:
+            told += f"  {name}: {row[f'{name}_problem']}"
     times = " ".join(median(name) for name in CONTENDERS)
-    return f"{row['case']:62} {times} {share} {error:9.1e}{told}"
+    return f"{row['name']:62} {times} {share} {error:9.1e}{told}"
 
 
 def tell(text: str) -> None:

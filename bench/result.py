@@ -13,7 +13,8 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,8 @@ refuse_other_names(__spec__)
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 
+UNFINISHED = "running"
+
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
 
@@ -49,7 +52,7 @@ class Result:
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     note: str | None = None
-    partial: str | None = "running"  # why rows are missing; None: all are there
+    partial: str | None = UNFINISHED  # why rows are missing; None: all are there
     schema: int = SCHEMA
 
     @property
@@ -205,13 +208,37 @@ def run(console: "Console", result: Result, rows: Iterable[Row], table: Table, o
             result.write(out)
         result.partial = None
     except BaseException as error:
-        said = str(error).split("\n")[0] or "interrupted"
-        result.partial = f"{type(error).__name__}: {said}"
+        result.partial = told_error(error)
         if result.rows:
             show(console, result, table, out)
         raise
     show(console, result, table, out)
     return 0
+
+
+def told_error(error: BaseException) -> str:
+    said = str(error).split("\n")[0] or "interrupted"
+    return f"{type(error).__name__}: {said}"
+
+
+@contextmanager
+def publish(result: Result, out: Path) -> Iterator[None]:
+    """`run` for machines without click and rich: the block within fills in rows, and shows them.
+
+    At its end the file is written and its path goes to stderr, the line of JSON to stdout. The
+    block may say in `partial` why rows are missing.
+    """
+    try:
+        yield
+        if result.partial == UNFINISHED:
+            result.partial = None
+    except BaseException as error:
+        result.partial = told_error(error)
+        raise
+    finally:
+        if result.rows or result.partial is None:
+            print(result.write(out), file=sys.stderr)
+            print(json.dumps(result.as_dict(), ensure_ascii=False), flush=True)
 
 
 def show(console: "Console", result: Result, table: Table, out: Path) -> None:

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from tests.bench.small_cases import small_cases
-from wantrt.bench import gpu, kernels, report
+from wantrt.bench import gpu, kernels
 from wantrt.bench.kernel_cases import MODULES, reference
+from wantrt.bench.machine import commit
+from wantrt.bench.result import load
+from wantrt.bench.tables import lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,8 +50,8 @@ def on_cpu(monkeypatch, tmp_path):
         "get_device_name": "a CPU",
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    return tmp_path
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "bench-results"
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -62,30 +65,33 @@ def test_whole_run(on_cpu, monkeypatch, capsys):
     measured, told = run(monkeypatch, capsys, "--samples", "3")
     assert measured == json.loads((on_cpu / "kernels.json").read_text())
     assert len(told.out.splitlines()) == 1  # the table is for people: stderr
-    assert [row["case"] for row in measured["rows"]] == [
+    assert lines(load(on_cpu / "kernels.json"), kernels.TABLE)[0][-1] != "FAILED"
+    assert [row["name"] for row in measured["rows"]] == [
         case.name for case in small_cases((torch.bfloat16,))
     ]
     assert {row["op"] for row in measured["rows"]} == set(MODULES)
     for row in measured["rows"]:
-        assert row["case"] in told.err
+        assert row["name"] in told.err
         assert row["passed"], row
-        assert row["error"]["kernel"] == row["error"]["eager"]
+        assert row["kernel_error_rms"] == row["eager_error_rms"]
         assert row["speedup_over_compiled"] == 1
         assert row["speedup_over_copy"] == 0.5
-        us = row["kernel"]["median_us"]
+        us = row["kernel_us"]["median"]
         assert us == pytest.approx(2000 / row["calls_per_sample"], abs=0.01)
-        assert row["of_copy_bandwidth"] == pytest.approx(
+        assert row["copy_fraction"] == pytest.approx(
             row["bytes_moved"] / (us * 1e-6) / 4e12, abs=1e-4
         )
     (linear,) = (row for row in measured["rows"] if row["op"] == "linear_gelu")
-    assert "of_matrix_rate" in linear
-    assert linear["case"] not in measured["below_aim"]
-    assert len(measured["below_aim"]) == len(measured["rows"]) - 1
-    assert measured["failed"] == measured["slower_than_compiled"] == measured["left_out"] == []
-    assert measured["copy_gb_per_s"] == 4000
+    assert "matrix_fraction" in linear
+    found = kernels.verdict(measured["rows"])
+    assert linear["name"] not in found["below_aim"]
+    assert len(found["below_aim"]) == len(measured["rows"]) - 1
+    assert f"below aim: {found['below_aim'][0]}" in told.err
+    assert found["failed"] == found["slower_than_compiled"] == []
+    assert measured["partial"] is None
+    assert measured["machine"]["rates"] == {"matrix": 8e14, "copy": 4e12}
     assert {"torch"} <= set(measured["machine"]["versions"])
-    assert measured["date"]
-    assert measured["commit"] is None  # the results are in no checkout here
+    assert measured["settings"]["samples"] == 3
     assert measured["command"].endswith("--samples 3")
 
 
@@ -95,9 +101,18 @@ def test_chosen_ops(on_cpu, monkeypatch, capsys):
 
 
 def test_out_of_time(on_cpu, monkeypatch, capsys):
-    measured, _ = run(monkeypatch, capsys, "--minutes", "0")
-    assert measured["rows"] == []
-    assert len(measured["left_out"]) == len(small_cases((torch.bfloat16,)))
+    kernels.main(["--minutes", "0"])
+    assert capsys.readouterr().out == ""  # nothing was measured, nothing is written
+    assert not on_cpu.exists()
+
+
+def test_an_interruption_keeps_rows(on_cpu, monkeypatch, capsys):
+    answers = iter([True, True])
+    monkeypatch.setattr(kernels, "usable", lambda: next(answers))
+    with pytest.raises(StopIteration):
+        kernels.main([])
+    assert len(load(on_cpu / "kernels.json").rows) == 2
+    assert json.loads(capsys.readouterr().out)["partial"] == "StopIteration: interrupted"
 
 
 def test_a_wrong_kernel_fails(on_cpu, monkeypatch, capsys):
@@ -110,8 +125,8 @@ def test_a_wrong_kernel_fails(on_cpu, monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
         kernels.main()
     assert leaving.value.code == 1
-    measured = json.loads(capsys.readouterr().out)
-    assert [name.split(",")[0] for name in measured["failed"]] == ["rope"]
+    failed = kernels.verdict(json.loads(capsys.readouterr().out)["rows"])["failed"]
+    assert [name.split(",")[0] for name in failed] == ["rope"]
 
 
 def test_a_compiler_that_fails_is_said_and_the_rest_measured(on_cpu, monkeypatch, capsys):
@@ -124,7 +139,7 @@ def test_a_compiler_that_fails_is_said_and_the_rest_measured(on_cpu, monkeypatch
     monkeypatch.setattr(torch, "compile", refuse)
     measured, told = run(monkeypatch, capsys, "--ops", "rope")
     (row,) = measured["rows"]
-    assert row["compiled"] == {"problem": "RuntimeError: no compiler here"}
+    assert row["compiled_problem"] == "RuntimeError: no compiler here"
     assert row["passed"]
     assert "speedup_over_compiled" not in row
     assert "speedup_over_eager" in row
@@ -148,8 +163,8 @@ def test_a_fault_of_the_device_ends_the_run_but_is_written(on_cpu, monkeypatch, 
     monkeypatch.setattr(kernels, "usable", lambda: next(answers))
     measured, _ = run(monkeypatch, capsys)
     assert len(measured["rows"]) == 1
-    assert len(measured["left_out"]) == len(small_cases((torch.bfloat16,))) - 1
-    assert measured["copy_at_the_end_gb_per_s"] is None
+    assert measured["partial"].count(";") == len(small_cases((torch.bfloat16,))) - 2
+    assert "rates_at_the_end" not in measured["machine"]
 
 
 def test_a_contender_that_cannot_be_captured(on_cpu, monkeypatch, capsys):
@@ -164,7 +179,7 @@ def test_a_contender_that_cannot_be_captured(on_cpu, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "capture", capture)
     measured, _ = run(monkeypatch, capsys, "--ops", "rms_norm")
     (row,) = measured["rows"]
-    assert "capturing" in row["eager"]["problem"]
+    assert "capturing" in row["eager_problem"]
     assert row["passed"]
 
 
@@ -177,7 +192,7 @@ def test_nan_fails_and_is_null_in_json(on_cpu, monkeypatch, capsys):
         kernels.main()
     line = capsys.readouterr().out
     assert "NaN" not in line
-    assert json.loads(line)["rows"][0]["error"]["kernel"]["rms"] is None
+    assert json.loads(line)["rows"][0]["kernel_error_rms"] is None
 
 
 def test_rotation_takes_sets_in_turn_and_holds_one_result_a_set():
@@ -233,14 +248,14 @@ def test_errors_are_of_the_worst_output():
 
 
 def test_commit_is_that_of_the_checkout(monkeypatch):
-    found = report.commit()
+    found = commit()
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if head.returncode == 0:
         assert found.rstrip("+") == head.stdout[:12]
     monkeypatch.setenv("PATH", "")
-    assert report.commit() is None
+    assert commit() is None
 
 
 def test_state_of_the_gpu():
