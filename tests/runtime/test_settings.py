@@ -1,6 +1,7 @@
 """Settings: completed from the right place, refused with the nearest valid value."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +106,11 @@ def test_a_size_off_the_list_is_allowed_with_one_line(caplog):
         "960x544 is not a size of t2v-14b (1280x720, 720x1280, 832x480, 480x832): "
         "the result may look worse"
     )
+
+
+def test_what_a_custom_model_was_made_for_is_not_known(caplog):
+    resolve(replace(T2V, name="custom"), {}, prompt="a cat", size=(960, 544))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("size", [None, (832, 480), (720, 1280)])

@@ -197,8 +197,11 @@ def check_size(variant: Variant, size: Size) -> None:
 
 
 def warn_of_size(variant: Variant, size: Size) -> None:
-    """Say in one line that a size is none of those that the variant was trained for."""
-    if size not in variant.sizes:
+    """Say in one line that a size is none of those that the variant was trained for.
+
+    What a checkpoint of dimensions of its own was trained for is not known.
+    """
+    if variant.name != "custom" and size not in variant.sizes:
         log.warning(
             "%dx%d is not a size of %s (%s): the result may look worse",
             *size,
