@@ -1,4 +1,5 @@
-# make demo    a video from a prompt: makes the environment, ends with the path of an mp4
+# make demo    a video from a prompt, and one from an image: makes the environment, ends with
+#              the paths of the two mp4s
 # make test    everything that runs without a GPU: format, lint, types, tests
 # make check   the quick part of it, for every change
 # make gpu     everything that waits for a GPU; needs no environment of ours (see below)
@@ -16,7 +17,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/wantrt generate "a red circle moves right" --seed 0 --out outputs/demo.mp4 --overwrite
+	$(BIN)/wantrt generate "a red circle" --frames 1 --seed 0 --out outputs/demo.png --overwrite
+	$(BIN)/wantrt generate "a red circle moves down" --image outputs/demo.png --seed 0 \
+	  --out outputs/demo-from-image.mp4 --overwrite
 	@echo "$(CURDIR)/outputs/demo.mp4"
+	@echo "$(CURDIR)/outputs/demo-from-image.mp4"
 
 test: lint
 	$(PYTEST)

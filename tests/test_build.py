@@ -14,6 +14,7 @@ import pytest
 from tests.small import copy_bundle, small_bundle, small_checkpoint
 from wantrt.build import open_bundle, plan_build
 from wantrt.bundle import BUILD_LOG, MANIFEST, Bundle
+from wantrt.config import SHIPPED
 from wantrt.errors import (
     BuildError,
     BundleError,
@@ -290,7 +291,7 @@ def test_what_cannot_be_built_is_refused_before_any_work(
     assert not isinstance(raised.value, RuntimeUnavailableError)
 
 
-@pytest.mark.parametrize("name", ["nano"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_what_ships_is_built_once(name: str) -> None:
     first = open_bundle(name)
     before = inodes(first.path)

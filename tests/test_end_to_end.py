@@ -7,10 +7,12 @@ import sys
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from wantrt import Pipeline
 from wantrt.build import plan_build
 from wantrt.media import read_metadata
+from wantrt.nano.evaluate import draw_image
 from wantrt.nano.judge import judge
 from wantrt.nano.scenes import load_held_out
 from wantrt.runtime.loading import RUNTIMES
@@ -84,3 +86,20 @@ def test_the_command_writes_a_video_of_the_prompt(tmp_path):
     seen = judge(frames)
     assert (seen.colour, seen.shape, seen.motion) == ("red", "circle", "right")
     assert read_metadata(out)["prompt"] == "a red circle moves right"
+
+
+def test_the_command_starts_from_an_image(tmp_path):
+    """The checkpoint that takes one is chosen by itself."""
+    scene = {"colour": "blue", "shape": "square", "motion": "up", "background": "white"}
+    image, out = tmp_path / "square.png", tmp_path / "frames"
+    Image.fromarray(draw_image({**scene, "seed": 1})).save(image)
+    command = [sys.executable, "-m", "wantrt.cli", "generate", "a blue square moves up"]
+    command += ["--image", str(image), "--out", f"{out}/", "--seed", "0"]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    frames = np.stack([np.array(Image.open(file)) for file in sorted(out.iterdir())])
+    seen = judge(frames)
+    assert (seen.colour, seen.shape, seen.motion) == ("blue", "square", "up")
+    assert np.abs(frames[0].astype(int) - np.array(Image.open(image))).mean() < 6
+    metadata = read_metadata(out)
+    assert metadata["variant"] == "nano-i2v"
+    assert metadata["source"] == {"image": str(image)}

@@ -544,7 +544,7 @@ VARIANTS: dict[str, Variant] = {
             name="nano-i2v",
             title="wantrt nano I2V",
             task="i2v",
-            experts=_dense(DIT_NANO_I2V, guidance_scale=3.5),
+            experts=_dense(DIT_NANO_I2V, guidance_scale=2.0),
             vae=VAE_NANO,
             text_encoder=TEXT_ENCODER_NANO,
             sizes=((64, 64),),

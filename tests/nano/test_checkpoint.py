@@ -1,33 +1,42 @@
-"""The checkpoint that ships: its size, who can open it, and what its videos show."""
+"""The checkpoints that ship: their size, who can open them, and what their videos show."""
 
-from pathlib import Path
+import filecmp
 
 import pytest
 import torch
 
-import wantrt.nano
 from wantrt.checkpoints.opening import open_checkpoint
-from wantrt.nano.evaluate import evaluate_vae
+from wantrt.config import SHIPPED
+from wantrt.nano.evaluate import draw_image, evaluate_cases, evaluate_vae
 from wantrt.nano.judge import judge
+from wantrt.nano.scenes import HELD_OUT_I2V_FILE, load_held_out
 from wantrt.nano.tokenizer import build_tokenizer
 from wantrt.runtime.pipeline import Pipeline
 
-CHECKPOINT = Path(wantrt.nano.__file__).parent / "checkpoint"
+CHECKPOINT = SHIPPED["nano"]
 
 
-def test_small_and_in_half_precision():
-    files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 12_000_000
-    checkpoint = open_checkpoint(CHECKPOINT)
-    assert checkpoint.variant.name == "nano"
+@pytest.mark.parametrize("name, most_bytes", [("nano", 12_000_000), ("nano-i2v", 8_000_000)])
+def test_small_and_in_half_precision(name, most_bytes):
+    files = [path for path in SHIPPED[name].rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= most_bytes
+    checkpoint = open_checkpoint(SHIPPED[name])
+    assert checkpoint.variant.name == name
     checkpoint.check()
     for part in checkpoint.parts.values():
         assert {spec.dtype for spec in part.tensors.specs.values()} == {torch.float16}
 
 
-def test_its_tokenizer_is_the_one_of_the_recipe():
-    text = (CHECKPOINT / "tokenizer" / "tokenizer.json").read_text()
+@pytest.mark.parametrize("name", SHIPPED)
+def test_its_tokenizer_is_the_one_of_the_recipe(name):
+    text = (SHIPPED[name] / "tokenizer" / "tokenizer.json").read_text()
     assert text == build_tokenizer().to_str(pretty=True)
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_the_transformer_alone_is_another(part):
+    file = f"{part}.safetensors"
+    assert filecmp.cmp(SHIPPED["nano"] / file, SHIPPED["nano-i2v"] / file, shallow=False)
 
 
 def test_diffusers_opens_it_too():
@@ -52,9 +61,33 @@ PROMPTS = (
 )
 
 
+def test_diffusers_opens_the_one_for_images_too():
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.WanImageToVideoPipeline.from_pretrained(
+        SHIPPED["nano-i2v"], image_encoder=None, image_processor=None
+    )
+    assert pipe.transformer.config.in_channels == 36
+    assert pipe.image_encoder is None
+
+
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_videos_show_what_the_prompts_say(runtime):
     with Pipeline.load(runtime=runtime) as pipeline:
         for prompt, (colour, shape, motion) in PROMPTS:
             verdict = judge(pipeline(prompt, seed=0).frames)
             assert (verdict.colour, verdict.shape, verdict.motion) == (colour, shape, motion)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_videos_start_with_the_image_and_move_as_the_prompt_says(runtime):
+    """A sample; all: python -m wantrt.nano.evaluate --bundle nano-i2v."""
+    cases = load_held_out(HELD_OUT_I2V_FILE)
+    image = draw_image(cases[0])
+    with Pipeline.load("nano-i2v", runtime) as pipeline:
+        report = evaluate_cases(pipeline, cases[:60:10])
+        other = pipeline("a purple square moves down", image=image, seed=0).frames
+    assert report["motion"] >= 0.8
+    assert report["colour"] == 1
+    assert report["first_frame_psnr"]["mean"] >= 25
+    assert cases[0]["motion"] == "up"
+    assert judge(other).motion == "down"  # the prompt decides, not the image

@@ -25,7 +25,7 @@ from wantrt.nano.train_vae import channels_last
 from wantrt.tasks.i2v import frame_mask
 
 NUM_CLIPS = 3072
-DIT_STEPS = 4500
+DIT_STEPS = 3000
 
 
 def train_nano_i2v(
