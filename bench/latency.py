@@ -67,9 +67,9 @@ TABLE = Table(
         ("decode s", number("vae_decode_s")),
         ("first s", number("first_frame_s")),
         ("e2e s", number("e2e_s")),
-        ("e2e p90", number("e2e_s", part="p90")),
+        ("p90", number("e2e_s", part="p90")),
         ("floor", number("e2e_floor_fraction", 0, "%", 100)),
-        ("RSS MiB", number("peak_rss_bytes", 0, scale=2**-20)),
+        ("MiB", number("peak_rss_bytes", 0, scale=2**-20)),
     )
 )
 

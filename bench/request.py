@@ -5,8 +5,10 @@ prompt would be. A step is over when the device says so: on a GPU the host waits
 which costs the way there and back, some 20 µs of a step's milliseconds or seconds.
 """
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -79,7 +81,8 @@ def check_request(variant: Variant, asked: Mapping[str, Any]) -> None:
     sources = {name: given.pop(name) for name in INPUTS if name in given}
     if not sources:
         sources = missing_source(variant, variant.size, variant.num_frames, {})
-    resolve(variant, {}, source=open_source(variant, **sources), **given)
+    with _unwarned():
+        resolve(variant, {}, source=open_source(variant, **sources), **given)
 
 
 def make_request(bundle: Bundle, runtime: str, asked: Mapping[str, Any]) -> Settings:
@@ -92,7 +95,20 @@ def make_request(bundle: Bundle, runtime: str, asked: Mapping[str, Any]) -> Sett
     served = [served.smallest for served in served_sizes(bundle, runtime)]
     size, frames = served[0] if served else (variant.size, variant.num_frames)
     size, frames = given.get("size", size), given.get("num_frames", frames)
-    return resolve_for(bundle, runtime, **given, **missing_source(variant, size, frames, given))
+    with _unwarned():
+        return resolve_for(bundle, runtime, **given, **missing_source(variant, size, frames, given))
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without warnings of sizes that a model was not trained for: they take as long as others."""
+    log = logging.getLogger("wantrt")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def describe_request(settings: Settings) -> dict[str, Any]:

@@ -71,11 +71,11 @@ TABLE = Table(
         ("python s", number("python_s", 3)),
         ("import s", number("import_s")),
         ("load s", number("load_s")),
-        ("load p90", number("load_s", part="p90")),
+        ("p90", number("load_s", part="p90")),
         ("first s", number("first_s")),
         ("second s", number("second_s")),
-        ("to video s", number("to_first_video_s")),
-        ("RSS MiB", number("peak_rss_bytes", 0, scale=2**-20)),
+        ("all s", number("to_first_video_s")),
+        ("MiB", number("peak_rss_bytes", 0, scale=2**-20)),
     )
 )
 

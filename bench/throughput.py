@@ -65,10 +65,10 @@ TABLE = Table(
         ("load", text("name")),
         ("videos", number("videos", 0)),
         ("videos/h", number("videos_per_hour", 0)),
-        ("frames/s", number("frames_per_second", 1)),
+        ("fps", number("frames_per_second", 1)),
         ("latency s", number("latency_s")),
-        ("latency p90", number("latency_s", part="p90")),
-        ("latency p99", number("latency_s", part="p99")),
+        ("p90", number("latency_s", part="p90")),
+        ("p99", number("latency_s", part="p99")),
         ("queue s", number("queue_s")),
         ("queue p90", number("queue_s", part="p90")),
         ("busy", number("busy_fraction", 0, "%", 100)),
@@ -203,7 +203,8 @@ def measure(
     for clients in concurrency:
         queue = Queue(videos, requests, seconds)
         queue.serve(pipe, [closed_client] * clients)
-        row = {"name": f"closed, {clients}", "mode": "closed", "concurrency": clients}
+        told = f"{clients} client{'s' if clients > 1 else ''}"
+        row: Row = {"name": told, "mode": "closed", "concurrency": clients}
         yield row | figures(queue.asked) | peaks.row()
         capacity = capacity or figures(queue.asked)["videos_per_hour"] / 3600
     asked: list[tuple[float, float | None]] = [(rate, None) for rate in rates]
@@ -211,7 +212,7 @@ def measure(
     for rate, load in asked:
         queue = Queue(videos, requests, seconds)
         queue.serve(pipe, [poisson_client(rate, seed)])
-        name = f"open, {rate:.3g}/s" if load is None else f"open, {load:.0%}"
+        name = f"open at {rate:.3g}/s" if load is None else f"open at {load:.0%}"
         row = {"name": name, "mode": "open", "rate_per_s": rate, "load_fraction": load}
         yield row | figures(queue.asked) | peaks.row()
 
