@@ -9,8 +9,8 @@ and captured as a graph. Beside each time stand the share of this machine's meas
 products, the time split into products, attention and the rest (torch.profiler, by kernel names),
 and the error against the reference in float32; below, the floor: FLOPs at the rate of products,
 bytes of the rest at the copy bandwidth, both measured in the same run. Runs take turns. A table
-goes to stderr, a JSON object last to stdout and to bench/results/block.json; status 1 says that
-ours failed or was less accurate than the reference or diffusers in bfloat16.
+goes to stderr, a JSON object last to stdout and to the folder --out; status 1 says that ours failed
+or was less accurate than the reference or diffusers in bfloat16.
 """
 
 import argparse
@@ -42,17 +42,17 @@ from wantrt.bench.gpu import (
     copy_bandwidth,
     first_line,
     matrix_rate,
+    output_options,
     positive,
     require_gpu,
     state,
     state_under,
-    summary,
     time_in_turn,
     usable,
 )
 from wantrt.bench.kernel_cases import Random
 from wantrt.bench.kernel_times import breakdown, kernel_times, split
-from wantrt.bench.report import publish
+from wantrt.bench.result import Result, Table, number, publish, spread, start, text
 from wantrt.config import DIT_1_3B, DIT_14B, DiTConfig
 from wantrt.linked import refuse_other_names
 from wantrt.models.ops import TORCH_OPS, Ops
@@ -72,6 +72,22 @@ OTHERS = ("reference", "diffusers")  # in bfloat16: what ours must be as near to
 MARGIN = 1.05  # of their error: that of another order of rounding
 
 
+TABLE = Table(
+    (
+        ("block", text("name")),
+        ("ms", number("ms", 3)),
+        ("p10", number("ms", 3, part="p10")),
+        ("p90", number("ms", 3, part="p90")),
+        ("products", number("gemm_ms", 3)),
+        ("attention", number("attention_ms", 3)),
+        ("rest", number("rest_ms", 3)),
+        ("floor", number("floor_fraction", 0, " %", 100)),
+        ("error", lambda row: f"{row['error_rms']:.1e}" if row.get("error_rms") else ""),
+        ("", text("problem")),
+    )
+)
+
+
 @dataclass(frozen=True)
 class Model:
     config: DiTConfig
@@ -85,10 +101,11 @@ MODELS = {"14b": Model(DIT_14B, 0.05, 0.78), "1.3b": Model(DIT_1_3B, 0.10, None)
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     require_gpu("wantrt.bench.block")
-    with torch.inference_mode():
-        measured = measure_all(options.models, options.samples, options.minutes)
-    publish("block", measured)
-    if not all(measured[name]["passed"] for name in options.models if name in measured):
+    told = {"models": options.models, "samples": options.samples, "dtype": DTYPE}
+    result = start("block", told, options.note)
+    with torch.inference_mode(), publish(result, options.out):
+        measure_all(result, options.models, options.samples, options.minutes)
+    if not all(row.get("passed", True) for row in result.rows):
         raise SystemExit(1)
 
 
@@ -107,37 +124,74 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=7.0, help="nothing is compiled or begun after them"
     )
+    output_options(parser)
     return parser.parse_args(arguments)
 
 
-def measure_all(models: Sequence[str], samples: int, minutes: float) -> dict[str, Any]:
+def measure_all(result: Result, models: Sequence[str], samples: int, minutes: float) -> None:
+    """Rows of each model (also to stderr), the machine's best rates, and what was left out."""
     deadline = time.monotonic() + 60 * minutes
-    before = state()
     copy_rate, matmul_rate = copy_bandwidth(), matrix_rate()
+    result.machine["rates"] = {"matrix": matmul_rate, "copy": copy_rate}
     tell(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy "
         f"{copy_rate / 1e9:,.0f} GB/s, bf16 product {matmul_rate / 1e12:.0f} TFLOP/s"
     )
-    measured: dict[str, Any] = {
-        "dtype": str(DTYPE),
-        "samples": samples,
-        "copy_gb_per_s": round(copy_rate / 1e9, 1),
-        "matrix_tflops": round(matmul_rate / 1e12, 1),
-        "state_before": before,
-    }
+    left_out = []
     for name in models:
         if time.monotonic() > deadline or not usable():
-            measured.setdefault("left_out", []).append(name)
+            left_out.append(name)
             continue
         torch.cuda.empty_cache()
         try:
-            measured[name] = measure(MODELS[name], samples, copy_rate, matmul_rate, deadline)
+            found = measure(MODELS[name], samples, copy_rate, matmul_rate, deadline)
         except Exception as error:  # what was measured before is still to be written
-            measured[name] = {"passed": False, "problem": first_line(error)}
-        show(name, measured[name])
-    at_end = round(matrix_rate() / 1e12, 1) if usable() else None
-    measured |= {"matrix_at_the_end_tflops": at_end, "state_after": state()}
-    return measured
+            found = {"passed": False, "problem": first_line(error)}
+        show(name, found)
+        result.rows += rows_of(name, found)
+    if usable():
+        result.machine["rates_at_the_end"] = {"matrix": matrix_rate()}
+        result.machine["gpu_state_at_the_end"] = state()
+    if left_out:
+        result.partial = f"no time was left, or the GPU failed, for {', '.join(left_out)}"
+
+
+def rows_of(model: str, found: Row) -> list[Row]:
+    """The floor, torch's attentions and the contenders, each a flat row."""
+    if "problem" in found:
+        return [{"name": model, **found}]
+    floor = found["floor_ms"]
+    parts = {f"{part}_ms": floor[part] for part in ("gemm", "attention", "rest")}
+    shape = {key: found[key] for key in ("tokens", "text_rows", "channels")}
+    rows: list[Row] = [{"name": f"{model}: floor", **shape, "ms": floor["all"], **parts}]
+    for backend, row in found["attention"].items():
+        rows.append({"name": f"{model}: attention of torch, {backend}", **flat(row)})
+    for contender, row in found["contenders"].items():
+        given = {"name": f"{model}: {contender}", "contender": contender, **flat(row)}
+        if "ms" in row:
+            given["floor_fraction"] = round(floor["all"] / row["ms"]["median"], 4)
+        if contender in OURS:
+            given["passed"] = found["passed"]
+        rows.append(given)
+    return rows
+
+
+def flat(row: Row) -> Row:
+    """Errors and parts as keys of the row, kernels as a line of text."""
+    found: Row = {}
+    for key, value in row.items():
+        if key == "error":
+            found |= {f"error_{kind}": size for kind, size in value.items()}
+        elif key == "split_ms":
+            found |= {f"{part}_ms": ms for part, ms in value.items()}
+        elif key == "state_under_load":
+            found |= {f"under_load_{name}": told for name, told in value.items()}
+        elif key.endswith("_kernels"):
+            kernels = (f"{k['kernel']} {k['us']:g} us x{k['launches']:g}" for k in value)
+            found[key] = "; ".join(kernels)
+        else:
+            found[key] = value
+    return found
 
 
 def measure(
@@ -153,8 +207,8 @@ def measure(
     cost = block_cost(config, tokens, config.text_len, DTYPE)
     attention = time_attention(config, tokens, samples)
     order = sorted(
-        (n for n in attention if "median_ms" in attention[n]),
-        key=lambda n: attention[n]["median_ms"],
+        (n for n in attention if "ms" in attention[n]),
+        key=lambda n: attention[n]["ms"]["median"],
     )
     row: Row = {
         "tokens": tokens,
@@ -259,29 +313,30 @@ def run_contenders(
         except Exception as error:  # not installed, no compiler, no memory: the others still run
             found[name] = {"problem": first_line(error)}
     for name, times in time_in_turn(runs, samples).items():
-        found[name] |= summary(times, "ms", 4)
+        found[name]["ms"] = spread(times)
         found[name]["state_under_load"] = state_under(runs[name])
     return found
 
 
 def shares(row: Row, cost: BlockCost, matmul_rate: float) -> Row:
     """What a contender's times mean."""
-    if "median_ms" not in row:
+    if "ms" not in row:
         return {}
+    median_ms = row["ms"]["median"]
     parts = row["split_ms"]
     busy = sum(parts.values())
     return {
-        "tflops": round(cost.flops / row["median_ms"] / 1e9, 1),
-        "of_matrix_rate": round(cost.flops / (row["median_ms"] * 1e-3) / matmul_rate, 4),
+        "tflops": round(cost.flops / median_ms / 1e9, 1),
+        "of_matrix_rate": round(cost.flops / (median_ms * 1e-3) / matmul_rate, 4),
         "rest_share": round(parts["rest"] / busy, 4) if busy else None,
-        "not_in_kernels_ms": round(row["median_ms"] - busy, 4),  # gaps; profiling itself adds some
+        "not_in_kernels_ms": round(median_ms - busy, 4),  # gaps; profiling itself adds some
     }
 
 
 def passes(found: Mapping[str, Row]) -> bool:
     """Ours ran, both ways, and is as near to float32 as reference and diffusers in bfloat16."""
     others = [found[name]["error"]["rms"] for name in OTHERS if "error" in found.get(name, {})]
-    if not others or any("median_ms" not in found.get(name, {}) for name in OURS):
+    if not others or any("ms" not in found.get(name, {}) for name in OURS):
         return False
     return all(found[name]["error"]["rms"] <= MARGIN * min(others) for name in OURS)
 
@@ -327,8 +382,8 @@ def time_attention(config: DiTConfig, tokens: int, samples: int) -> dict[str, Ro
         except RuntimeError as problem:
             found[name] = {"problem": first_line(problem)}
             continue
-        found[name] = summary(times, "ms", 4) | {"error": error}
-        found[name]["tflops"] = round(flops / found[name]["median_ms"] / 1e9, 1)
+        found[name] = {"ms": spread(times), "error": error}
+        found[name]["tflops"] = round(flops / found[name]["ms"]["median"] / 1e9, 1)
     return found
 
 
@@ -347,7 +402,7 @@ def show(name: str, row: Mapping[str, Any]) -> None:
     floor = row["floor_ms"]
     tell(f"\n{name}: {row['tokens']:,} tokens x {row['channels']:,}, {row['text_rows']} text rows")
     for backend, found in row["attention"].items():
-        told = found.get("problem") or f"{found['median_ms']:.3f} ms, {found['tflops']} TFLOP/s"
+        told = found.get("problem") or f"{found['ms']['median']:.3f} ms, {found['tflops']} TFLOP/s"
         tell(f"  attention of torch, {backend:10} {told}")
     columns = ("median ms", "p10", "p90", "gemm", "attention", "rest", "rest %", "matrix %")
     tell(f"  {'':20}" + "".join(f"{column:>11}" for column in columns) + "  error")
@@ -357,7 +412,7 @@ def show(name: str, row: Mapping[str, Any]) -> None:
             continue
         parts = found["split_ms"]
         values = (
-            *(found[key] for key in ("median_ms", "p10_ms", "p90_ms")),
+            *(found["ms"][end] for end in ("median", "p10", "p90")),
             *(parts[key] for key in ("gemm", "attention", "rest")),
             100 * (found["rest_share"] or 0),
             100 * found["of_matrix_rate"],

@@ -1,6 +1,6 @@
 """What graphs and residency are worth on a GPU, with torch sessions: nano, and 1.3B at full size.
 
-    python -m wantrt.bench.gpu_runtime [--steps N] [--only nano]
+    python -m wantrt.bench.gpu_runtime [--steps N] [--only nano] [--out FOLDER]
 
 A denoising step is timed eager, captured, and with streamed weights; the decoder's chunk eager and
 captured. Weights are generated on the GPU: random, of the real shapes, bfloat16. 1.3B runs at
@@ -10,16 +10,17 @@ has the bits of the eager one: a speed without that is none. Needs a GPU, torch 
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from wantrt.bench.report import write_result
+from wantrt.bench.gpu import output_options, require_gpu
+from wantrt.bench.result import Row, Table, number, publish, spread, start, text
 from wantrt.config import VARIANTS, Size, Variant
 from wantrt.device import CUDADevice
 from wantrt.linked import refuse_other_names
@@ -42,6 +43,17 @@ CASES: dict[str, tuple[Size, int]] = {"nano": ((64, 64), 25), "t2v-1.3b": ((832,
 WARM_UP = 2  # an ordinary run and the capture
 
 
+TABLE = Table(
+    (
+        ("what", text("name")),
+        ("step ms", number("step_ms", 3)),
+        ("chunk ms", number("chunk_ms", 3)),
+        ("bits", lambda row: "as eager" if row["same_bits_as_eager"] else "OTHER"),
+        ("GiB", number("peak_allocated_bytes", 2, scale=2**-30)),
+    )
+)
+
+
 class Eager(CUDADevice):
     """Captures nothing."""
 
@@ -53,20 +65,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=12, help="timed, after two of warm-up")
     parser.add_argument("--only", choices=CASES)
+    output_options(parser)
     options = parser.parse_args()
-    measured: dict[str, Any] = {"dtype": str(DTYPE), "timed_steps": options.steps}
-    for name, (size, num_frames) in CASES.items():
-        if options.only in (None, name):
-            measured[name] = measure(VARIANTS[name], size, num_frames, options.steps)
-            show(name, measured[name])
-    print(write_result("gpu_runtime", measured))
+    require_gpu("wantrt.bench.gpu_runtime")
+    told = {"dtype": DTYPE, "steps": options.steps, "only": options.only}
+    result = start("gpu_runtime", told, options.note)
+    with publish(result, options.out):
+        for name, (size, num_frames) in CASES.items():
+            if options.only in (None, name):
+                for row in measure(VARIANTS[name], size, num_frames, options.steps):
+                    result.rows.append(row)
+                    show(row)
 
 
-def measure(variant: Variant, size: Size, num_frames: int, steps: int) -> dict[str, Any]:
-    """Milliseconds and parity of steps and chunks, and peak memory."""
-    found: dict[str, Any] = {
-        "size": size,
-        "num_frames": num_frames,
+def measure(variant: Variant, size: Size, num_frames: int, steps: int) -> Iterator[Row]:
+    """A row of steps and one of chunks for each mode: milliseconds, parity, peak memory."""
+    shape = {
+        "size": "{}x{}".format(*size),
+        "frames": num_frames,
         "tokens": dit_symbols(variant, size, num_frames, guided=True)["L"],
     }
     latents: dict[str, Tensor] = {}
@@ -77,14 +93,15 @@ def measure(variant: Variant, size: Size, num_frames: int, steps: int) -> dict[s
         times, latents[mode] = time_steps(
             variant, size, num_frames, steps, device, streamed=mode == "streamed"
         )
-        found[f"step_{mode}"] = summary(times, torch.equal(latents[mode], latents["eager"]))
+        same = torch.equal(latents[mode], latents["eager"])
+        yield {"name": f"{variant.name}: step {mode}", **shape, **summary("step", times, same)}
         torch.cuda.empty_cache()
         if mode != "streamed":
             torch.cuda.reset_peak_memory_stats()
             times, chunks[mode] = time_chunks(variant, latents["eager"], steps, device)
-            found[f"chunk_{mode}"] = summary(times, torch.equal(chunks[mode], chunks["eager"]))
+            same = torch.equal(chunks[mode], chunks["eager"])
+            yield {"name": f"{variant.name}: chunk {mode}", **summary("chunk", times, same)}
             torch.cuda.empty_cache()
-    return found
 
 
 def time_steps(
@@ -168,28 +185,17 @@ def random_weights(component: Component, device: CUDADevice) -> Mapping[str, Ten
     return weights
 
 
-def summary(times_ms: Sequence[float], same_bits: bool) -> dict[str, Any]:
-    p10, median, p90 = np.percentile(times_ms, (10, 50, 90))
+def summary(what: str, times_ms: Sequence[float], same_bits: bool) -> Row:
     return {
-        "median_ms": round(float(median), 3),
-        "p10_ms": round(float(p10), 3),
-        "p90_ms": round(float(p90), 3),
-        "count": len(times_ms),
+        f"{what}_ms": spread(times_ms),
         "same_bits_as_eager": same_bits,
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
     }
 
 
-def show(name: str, found: Mapping[str, Any]) -> None:
-    size = "x".join(map(str, found["size"]))
-    print(f"{name} {size}, {found['num_frames']} frames, {found['tokens']:,} tokens")
-    for what, row in found.items():
-        if isinstance(row, dict):
-            print(
-                f"  {what:14} {row['median_ms']:10.2f} ms (p10 {row['p10_ms']:.2f}, p90 "
-                f"{row['p90_ms']:.2f}), peak {row['peak_gib']:.2f} GiB, "
-                f"{'same bits' if row['same_bits_as_eager'] else 'OTHER BITS'}"
-            )
+def show(row: Row) -> None:
+    """On stderr: stdout has the line of JSON."""
+    print(" | ".join(TABLE.lines([row])[0]), file=sys.stderr)
 
 
 if __name__ == "__main__":

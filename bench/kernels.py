@@ -185,8 +185,8 @@ def measure(case: Case, samples: int, copy_rate: float, matmul_rate: float) -> R
     except Exception as error:  # no kernel, no memory, a fault: the other cases may still run
         return {**row, "passed": False, "problem": first_line(error)}
     row |= {"sets": len(sets), "calls_per_sample": calls}
-    for name, error in errors.items():
-        row |= {f"{name}_error_{kind}": size for kind, size in error.items()}
+    for name, sizes in errors.items():
+        row |= {f"{name}_error_{kind}": size for kind, size in sizes.items()}
     for name, found in times.items():
         row[f"{name}_us"] = spread([ms * 1e3 / calls for ms in found], 2)
     row |= {f"{name}_problem": problem for name, problem in problems.items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.bench.small_block import CONFIG, LATENT
-from wantrt.bench import block, report
+from wantrt.bench import block
 from wantrt.bench.block_contenders import (
     diffusers_block,
     diffusers_weights,
@@ -23,6 +23,8 @@ from wantrt.bench.block_cost import block_cost
 from wantrt.bench.gpu import compare
 from wantrt.bench.kernel_cases import Random
 from wantrt.bench.kernel_times import KernelTime
+from wantrt.bench.result import load
+from wantrt.bench.tables import lines
 from wantrt.models.ops import TORCH_OPS
 
 SMALL = {"small": block.Model(CONFIG, 0.05, 0.78)}
@@ -119,9 +121,9 @@ def on_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a CPU")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["block"])
-    return tmp_path
+    return tmp_path / "bench-results"
 
 
 def run(capsys):
@@ -130,45 +132,57 @@ def run(capsys):
     return json.loads(told.out), told.err
 
 
+def rows(measured):
+    """By what follows the model's name."""
+    return {row["name"].partition(": ")[2]: row for row in measured["rows"]}
+
+
 def test_whole_run(on_cpu, capsys):
     pytest.importorskip("diffusers")
     measured, told = run(capsys)
     assert measured == json.loads((on_cpu / "block.json").read_text())
-    row = measured["small"]
-    assert row["passed"]
-    assert row["tokens"] == 12
+    assert lines(load(on_cpu / "block.json"), block.TABLE)
+    found = rows(measured)
     cost = block_cost(CONFIG, 12, CONFIG.text_len, torch.bfloat16)
-    assert row["floor_ms"] == cost.floor_ms(8e14, 4e12)
-    assert set(row["contenders"]) == {
+    floor = cost.floor_ms(8e14, 4e12)
+    assert found["floor"]["ms"] == floor["all"]
+    assert found["floor"]["rest_ms"] == floor["rest"]
+    assert found["floor"]["tokens"] == 12
+    contenders = {row["contender"]: row for row in found.values() if "contender" in row}
+    assert set(contenders) == {
         *("kernels", "kernels captured", "reference", "reference compiled"),
         *("diffusers", "diffusers compiled"),
     }
-    for name, found in row["contenders"].items():
+    for name, row in contenders.items():
         assert name in told
-        assert found["median_ms"] == 2.0
-        assert found["split_ms"] == {"gemm": 1.5, "attention": 0.4, "rest": 0.06}
-        assert found["rest_share"] == pytest.approx(0.06 / 1.96, abs=1e-4)
-        assert found["not_in_kernels_ms"] == pytest.approx(0.04)
-        assert found["launches"] == 12
-        assert found["of_matrix_rate"] == pytest.approx(cost.flops / 2e-3 / 8e14, abs=1e-4)
-        assert found["rest_kernels"] == [{"kernel": "modulate_kernel", "us": 60, "launches": 2}]
-        assert found["error"]["rms"] < 2e-2
-    errors = {name: found["error"] for name, found in row["contenders"].items()}
+        assert row["ms"]["median"] == 2.0
+        assert (row["gemm_ms"], row["attention_ms"], row["rest_ms"]) == (1.5, 0.4, 0.06)
+        assert row["rest_share"] == pytest.approx(0.06 / 1.96, abs=1e-4)
+        assert row["not_in_kernels_ms"] == pytest.approx(0.04)
+        assert row["launches"] == 12
+        assert row["of_matrix_rate"] == pytest.approx(cost.flops / 2e-3 / 8e14, abs=1e-4)
+        assert row["floor_fraction"] == pytest.approx(floor["all"] / 2, abs=1e-4)
+        assert row["rest_kernels"] == "modulate_kernel 60 us x2"
+        assert row["error_rms"] < 2e-2
+        assert not any(isinstance(value, list) for value in row.values())
+    errors = {name: row["error_rms"] for name, row in contenders.items()}
     assert errors["kernels"] == errors["kernels captured"] == errors["reference"]
-    assert row["aims"]["rest_share_reached"] is True
-    assert row["aims"]["of_matrix_rate_reached"] is False
-    assert "floor" in told
+    assert contenders["kernels"]["passed"] is True
+    assert measured["partial"] is None
+    assert measured["machine"]["rates"] == {"matrix": 8e14, "copy": 4e12}
+    assert "'rest_share_reached': True" in told
+    assert "'of_matrix_rate_reached': False" in told
 
 
 def test_without_diffusers_its_rows_say_so(on_cpu, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setitem(sys.modules, "diffusers.models.transformers.transformer_wan", None)
     measured, told = run(capsys)
-    found = measured["small"]["contenders"]
+    found = rows(measured)
     assert "problem" in found["diffusers"]
     assert "problem" in found["diffusers compiled"]
-    assert "median_ms" in found["reference compiled"]
-    assert measured["small"]["passed"]
+    assert "ms" in found["reference compiled"]
+    assert found["kernels"]["passed"]
     assert "diffusers" in told
 
 
@@ -178,7 +192,7 @@ def test_wrong_kernels_fail(on_cpu, capsys, monkeypatch):
     with pytest.raises(SystemExit) as leaving:
         block.main()
     assert leaving.value.code == 1
-    assert json.loads(capsys.readouterr().out)["small"]["passed"] is False
+    assert rows(json.loads(capsys.readouterr().out))["kernels"]["passed"] is False
 
 
 def test_kernels_that_do_not_load_fail(on_cpu, capsys, monkeypatch):
@@ -188,9 +202,9 @@ def test_kernels_that_do_not_load_fail(on_cpu, capsys, monkeypatch):
     monkeypatch.setattr(block, "our_ops", missing)
     with pytest.raises(SystemExit):
         block.main()
-    row = json.loads(capsys.readouterr().out)["small"]
-    assert "triton" in row["contenders"]["kernels"]["problem"]
-    assert row["aims"]["rest_share_reached"] is None
+    told = capsys.readouterr()
+    assert "triton" in rows(json.loads(told.out))["kernels"]["problem"]
+    assert "'rest_share_reached': None" in told.err
 
 
 def test_a_model_that_fails_does_not_lose_the_report(on_cpu, capsys, monkeypatch):
@@ -202,20 +216,20 @@ def test_a_model_that_fails_does_not_lose_the_report(on_cpu, capsys, monkeypatch
         block.main()
     told = capsys.readouterr()
     problem = "RuntimeError: CUDA error: an illegal memory access"
-    assert json.loads(told.out)["small"] == {"passed": False, "problem": problem}
+    assert json.loads(told.out)["rows"] == [{"name": "small", "passed": False, "problem": problem}]
     assert problem in told.err
 
 
 def test_out_of_time(on_cpu, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["block", "--minutes", "0"])
-    measured, _ = run(capsys)
-    assert measured["left_out"] == ["small"]
+    block.main(["--minutes", "0"])
+    assert capsys.readouterr().out == ""  # nothing was measured, nothing is written
+    assert not on_cpu.exists()
 
 
 def test_attention_backends_that_refuse_are_said(on_cpu):
     found = block.time_attention(CONFIG, 12, samples=2)  # a CPU has flash attention alone
     assert set(found) == set(block.BACKENDS)
-    assert found["flash"]["median_ms"] == 2.0
+    assert found["flash"]["ms"]["median"] == 2.0
     assert found["flash"]["error"]["rms"] < 1e-2
     assert found["flash"]["tflops"] == round(4 * 12 * 12 * CONFIG.dim / 2 / 1e9, 1)
     assert "problem" in found["cudnn"]
@@ -231,7 +245,7 @@ def test_preferred_backend_comes_first():
 
 def test_worse_than_diffusers_does_not_pass():
     def row(rms):
-        return {"error": {"rms": rms}, "median_ms": 1.0}
+        return {"error": {"rms": rms}, "ms": {"median": 1.0}}
 
     found = {"kernels": row(1e-3), "kernels captured": row(1e-3), "reference": row(1e-3)}
     assert block.passes(found | {"diffusers": {"problem": "not installed"}})
