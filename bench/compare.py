@@ -71,7 +71,7 @@ TABLE = Table(
         ("ratio", number("ratio", 2)),
         ("p10", number("ratio", 2, part="p10")),
         ("p90", number("ratio", 2, part="p90")),
-        ("difference", lambda row: f"{row['parity']:.0e}" if "parity" in row else ""),
+        ("difference", lambda row: f"{row['parity']:.1g}" if "parity" in row else ""),
     )
 )
 
@@ -128,6 +128,7 @@ def set_up(
     elif scope == "vae":
         checkpoint = generated(seed, ("vae",))
     frames = row.num_frames if whole else {"dit": 17, "vae": 5}[scope]
+    scale = row.experts[0].guidance_scale if guidance_scale is None else guidance_scale
     setup = Setup(
         scope=scope,
         variant=row.name,
@@ -135,13 +136,7 @@ def set_up(
         size=size or (row.size if whole else (416, 240)),
         num_frames=frames if num_frames is None else num_frames,
         num_inference_steps=(num_inference_steps or row.num_inference_steps) if whole else 0,
-        guidance_scale=(
-            1.0
-            if not whole
-            else row.experts[0].guidance_scale
-            if guidance_scale is None
-            else guidance_scale
-        ),
+        guidance_scale=scale if whole else 1.0,
         blocks=blocks,
         seed=seed,
     )
@@ -239,7 +234,7 @@ def floor_of(setup: Setup, variant: Variant, precision: str, rates: Rates) -> fl
 
 @dataclass
 class Entry:
-    """An engine in a comparison. says: why it is not timed, or what is to be known about it."""
+    """An engine that is timed. says: what is to be known about it."""
 
     engine: Engine
     loaded: Loaded
@@ -257,14 +252,15 @@ def measure(
     runs: int,
     floor_s: float,
 ) -> Iterator[Row]:
-    """A row for each engine; the rounds that are whole if something interrupts them.
+    """A row for each engine; after an interruption, of the rounds that are whole.
 
-    peers: each with what is to be said of it. Raises BenchError for unequal settings, and at the
-    end where an engine's output was wrong.
+    ours: at least one; a failure of theirs goes on, one of a peer is a row. peers: each with what
+    is to be said of it; the first that runs is the reference of outputs, or else the first of ours.
+    Raises BenchError for unequal settings, and at the end where an engine's output was wrong.
     """
     entries: list[Entry] = []
     refused: list[str] = []
-    reference = None
+    reference, its_name = None, ""
     for engine, says in [*peers, *((engine, None) for engine in ours)]:
         row: Row = {"name": f"{scope}: {engine.name}", "scope": scope, "engine": engine.name}
         try:
@@ -273,13 +269,14 @@ def measure(
         except Exception as error:
             if engine in ours:
                 raise
-            failed = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            failed = f"failed: {type(error).__name__}: {first_line(error)}"
             log.warning("%s %s", engine.name, failed)
             yield {**row, "says": failed}
             continue
         if entries:
             refuse_unequal(entries[0], engine, loaded)
-        reference = result if reference is None else reference
+        if reference is None:
+            reference, its_name = result, engine.name
         parity = difference(result, reference)
         if not parity <= TOLERANCE[work.precision]:
             refused.append(f"{engine.name} in {scope}, by {parity:.1e}")
@@ -287,20 +284,21 @@ def measure(
             continue
         entries.append(Entry(engine, loaded, parity, says))
     entries.sort(key=lambda entry: entry.engine not in ours)
-    done: list[list[Done]] = []  # by round, in the order of the entries
-    try:
-        for index in range(1, 1 + warmup + runs):
-            found = [entry.loaded.run(index) for entry in entries]
-            if index > warmup:
-                done.append(found)
-    except (Exception, KeyboardInterrupt):
+    if any(entry.engine in ours for entry in entries):
+        done: list[list[Done]] = []  # by round, in the order of the entries
+        try:
+            for index in range(1, 1 + warmup + runs):
+                found = [entry.loaded.run(index) for entry in entries]
+                if index > warmup:
+                    done.append(found)
+        except (Exception, KeyboardInterrupt):
+            yield from rows_of(scope, entries, done, floor_s)
+            raise
         yield from rows_of(scope, entries, done, floor_s)
-        raise
-    yield from rows_of(scope, entries, done, floor_s)
     if refused:
         raise BenchError(
-            f"outputs differ from {entries[0].engine.name if not peers else peers[0][0].name}: "
-            f"{'; '.join(refused)} (at most {TOLERANCE[work.precision]:g}); these were not timed"
+            f"outputs differ from those of {its_name}: {'; '.join(refused)} (at most "
+            f"{TOLERANCE[work.precision]:g} of scale); these were not timed"
         )
 
 
@@ -344,6 +342,10 @@ def difference(result: torch.Tensor, reference: torch.Tensor) -> float:
     if result.shape != reference.shape:
         return float("inf")
     return float((result - reference).norm() / reference.norm())
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def find_peers(names: Sequence[str]) -> tuple[list[tuple[Peer, str | None]], list[Row]]:

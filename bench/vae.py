@@ -1,6 +1,6 @@
 """The VAE: milliseconds and memory of each chunk, decoding and encoding, by size and runtime.
 
-    wantrt bench vae --vae wan2.1,wan2.2 --size 416x240,832x480 --runtime onnxruntime,torch
+    wantrt bench vae --vae wan2.1,wan2.2 --size 224x128,416x256 --runtime onnxruntime,torch
 
 A video is decoded one latent frame at a time: a first chunk of one frame, then chunks of four,
 which read and write the caches; encoding likewise. Weights are generated at full size. A chunk of
@@ -49,7 +49,7 @@ from wantrt.session import PRECISIONS, Range, Session, Tensors, TensorSpec
 refuse_other_names(__spec__)
 
 VAES = {"wan2.1": "t2v-1.3b", "wan2.2": "ti2v-5b", "nano": "nano"}  # -> a variant that has it
-CPU_SIZES, GPU_SIZES = ((416, 240),), ((832, 480), (1280, 704))
+CPU_SIZES, GPU_SIZES = ((224, 128),), ((832, 480), (1280, 704))
 
 TABLE = Table(
     (
@@ -251,7 +251,7 @@ def precision_of(bundle: Bundle, kind: str) -> str:
     "sizes",
     metavar="WxH,…",
     callback=list_of(parse_size),
-    help="Pixels. [default: 416x240; on a GPU 832x480 and 1280x704; of nano its own]",
+    help="Pixels. [default: 224x128; on a GPU 832x480 and 1280x704; of nano its own]",
 )
 @click.option("--precision", metavar="NAME", help="Of the decoder. [default: the runtime's]")
 @options(RUNTIMES, repeats(), RESULT)

@@ -155,7 +155,7 @@ def test_ratios_are_of_a_round():
 
 def test_a_faster_wrong_answer_is_refused():
     rows = []
-    with pytest.raises(BenchError, match=r"outputs differ from right: wrong in vae, by 1\.\de-01"):
+    with pytest.raises(BenchError, match=r"from those of right: wrong in vae, by 1\.\de-01"):
         for row in rows_of([Engine("wrong", 0.1, off=0.1), Engine("slow")], [Engine("right")]):
             rows.append(row)
     assert [row["engine"] for row in rows] == ["wrong", "slow", "right"]
@@ -164,9 +164,14 @@ def test_a_faster_wrong_answer_is_refused():
     assert "seconds" in rows[1]
 
 
-def test_what_is_not_a_number_is_wrong():
+@pytest.mark.parametrize("ours, peer", [("nan", "1"), ("1", "nan"), ("nan", "nan")])
+def test_what_is_not_a_number_is_wrong(ours, peer):
+    """Also of the reference: then nothing is timed."""
+    rows = []
     with pytest.raises(BenchError, match="outputs differ"):
-        list(rows_of([Engine("nan", off=float("nan"))], [Engine("right")]))
+        for row in rows_of([Engine("ours", off=float(ours))], [Engine("peer", off=float(peer))]):
+            rows.append(row)
+    assert not any("seconds" in row for row in rows)
 
 
 @pytest.mark.parametrize("name, value", [("precision", "bf16"), ("parameters", 8)])
@@ -190,9 +195,11 @@ def test_what_a_scheduler_recorded_is_read_on_both_sides(tmp_path):
 
 def test_a_peer_that_fails_is_reported():
     broken = Engine("broken", fails=RuntimeError("no compiler\nsomewhere"))
-    rows = list(rows_of([Engine("ours")], [broken, Engine("peer")]))
+    silent = Engine("silent", fails=RuntimeError())
+    rows = list(rows_of([Engine("ours")], [broken, silent, Engine("peer")]))
     assert rows[0]["says"] == "failed: RuntimeError: no compiler"
-    assert [row["engine"] for row in rows[1:]] == ["ours", "peer"]
+    assert rows[1]["says"] == "failed: RuntimeError: "
+    assert [row["engine"] for row in rows[2:]] == ["ours", "peer"]
 
 
 def test_our_own_failure_is_an_error():
