@@ -70,7 +70,8 @@ def choose_bundle(
     """What is to be measured, of the options --bundle, --variant, --checkpoint and --precision.
 
     runtimes: that shall run it; it is built for the first. draw: generated weights need not be
-    written. sizes, frames: for plans. What is wrong is found here, and nothing is built yet.
+    written. sizes, frames: for plans; None is the variant's first. What is wrong is found here, and
+    nothing is built yet.
     Raises SettingsError, BundleError, CheckpointError, RuntimeUnavailableError.
     """
     if bundle is not None:
@@ -97,8 +98,8 @@ def choose_bundle(
         runtime=first.name,
         precision=precision,
         with_weights=not drawn,
-        sizes=sizes if first.compiled else None,
-        frames=frames if first.compiled else None,
+        sizes=(sizes or [opened.variant.size]) if first.compiled else None,
+        frames=(frames or [opened.variant.num_frames]) if first.compiled else None,
     )
 
     def build(progress: Progress) -> Bundle:

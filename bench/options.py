@@ -17,7 +17,9 @@ Decorator = Callable[[Any], Any]
 
 BUNDLE: tuple[Decorator, ...] = (
     click.option(
-        "--bundle", type=click.Path(path_type=Path), help="Of this folder. [default: nano]"
+        "--bundle",
+        type=click.Path(path_type=Path),
+        help="What is measured: a folder, or what ships. [default: nano]",
     ),
     click.option(
         "--variant",
@@ -48,7 +50,13 @@ RESIDENCY = click.option(
     help="What stays in a GPU's memory.",
 )
 SIZE = click.option("--size", metavar="WxH", callback=size_option, help="[default: the model's]")
-SIZES = click.option("--size", "sizes", metavar="WxH,…", callback=list_of(parse_size))
+SIZES = click.option(
+    "--size",
+    "sizes",
+    metavar="WxH,…",
+    callback=list_of(parse_size),
+    help="[default: the model's]",
+)
 FRAMES = click.option("--frames", "num_frames", type=int, metavar="N", help="4n + 1 of them.")
 STEPS = click.option(
     "--steps", "num_inference_steps", type=int, metavar="N", help="Denoising steps."

@@ -35,9 +35,11 @@ class Rates:
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """About two seconds on a GPU, five on a CPU."""
     if device.type == "cuda":
-        return Rates(
+        rates = Rates(
             gpu.matrix_rate(), attention_rate(GPU_TOKENS, device, dtype), gpu.copy_bandwidth()
         )
+        torch.cuda.empty_cache()  # what comes next may allocate by itself, as TensorRT does
+        return rates
     a, b = (torch.randn(CPU_SIDE, CPU_SIDE, dtype=dtype) for _ in range(2))
     source, target = (torch.empty(2**27, dtype=torch.uint8) for _ in range(2))
     return Rates(
