@@ -22,10 +22,10 @@ STAGES = {  # key -> what it is, and its colour
     "vae_decode_s": ("VAE decode", "c3"),
 }
 STARTUP = {
-    "import_s": ("import", "c5"),
+    "python_s": ("Python", "c5"),
+    "import_s": ("import", "c4"),
     "load_s": ("load", "c2"),
     "first_s": ("first video", "c1"),
-    "second_s": ("second video", "c3"),
 }
 BLOCK = {
     "gemm_ms": ("products", "c1"),
@@ -250,15 +250,19 @@ def growth(title: str, y_title: str, key: str, floor_key: str | None = None) -> 
         groups: dict[str, list[Row]] = {}
         for row in result.rows:
             if value(row, "tokens") and value(row, key):
-                groups.setdefault(str(row.get("axis", row["name"])), []).append(row)
+                groups.setdefault(f"batch {row['batch']}" if "batch" in row else "", []).append(row)
         series = []
         for (name, rows), colour in zip(groups.items(), COLOURS * len(groups), strict=False):
             points = [(value(r, "tokens") or 1.0, value(r, key) or 1.0) for r in rows]
-            series.append(Series(name, points, colour))
+            if len({tokens for tokens, _ in points}) < 2:
+                continue
+            series.append(Series(name or "measured", points, colour))
             floors = [(r["tokens"], told) for r in rows if (told := value(r, floor_key or ""))]
             if floors:
-                series.append(Series(f"{name}: floor", floors, colour, dots=False, dashed=True))
-        if not any(len(one.points) > 1 for one in series):
+                series.append(
+                    Series(f"{name} floor".strip(), floors, colour, dots=False, dashed=True)
+                )
+        if not series:
             return None
         axes = Axis("tokens", log=True), Axis(y_title, key, log=True)
         return Figure(title, plots.plot(series, *axes))
@@ -344,7 +348,8 @@ FIGURES: dict[str, tuple[Draw, ...]] = {
         floor,
     ),
     "startup": (
-        stacked("From a fresh process to videos", STARTUP),
+        stacked("From a fresh process to the first video", STARTUP, "to_first_video_s"),
+        amounts("Second video", only(["second_s"], "c3")),
         memory,
     ),
     "build": (

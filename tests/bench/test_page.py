@@ -151,6 +151,20 @@ def test_a_floor_is_compared_with_all_of_it():
     assert "all of it" in floor.markup
 
 
+def test_growth_is_drawn_where_tokens_differ():
+    rows = [
+        {"name": "a", "batch": 1, "tokens": 100, "step_ms": 4.0, "floor_ms": 2.0},
+        {"name": "b", "batch": 1, "tokens": 200, "step_ms": 9.0, "floor_ms": 5.0},
+        {"name": "c", "batch": 2, "tokens": 200, "step_ms": 18.0},  # nothing to grow from
+    ]
+    (grown,) = figures(sample("scaling", rows))
+    assert "batch 1" in grown.markup
+    assert "batch 2" not in grown.markup
+    assert grown.markup.count('class="join c1"') == 1
+    assert grown.markup.count('class="join c1 dashed"') == 1
+    assert figures(sample("scaling", rows[1:])) == []
+
+
 def test_logarithms_make_powers_lines():
     points = [(10.0, 3.0), (100.0, 300.0), (1000.0, 30000.0)]
     markup = plot([Series("x²", points, "c1")], Axis("x", log=True), Axis("y", log=True))
