@@ -36,7 +36,7 @@ from wantrt.build import choose_precision, plan_build
 from wantrt.checkpoints import Checkpoint, open_checkpoint
 from wantrt.checkpoints.layouts import write_diffusers
 from wantrt.cli.build import list_of
-from wantrt.cli.command import command as wantrt_command
+from wantrt.cli.command import command as bench_command
 from wantrt.cli.command import size_option
 from wantrt.cli.console import Console
 from wantrt.config import Size, Variant, find_variant
@@ -381,7 +381,7 @@ def measure_all(
             )
 
 
-@wantrt_command()
+@bench_command()
 @click.option(
     "--scope",
     "scopes",

@@ -30,7 +30,7 @@ from wantrt.bench.similarity import Frames, psnr, ssim
 from wantrt.build import open_bundle
 from wantrt.bundle import Bundle
 from wantrt.cli.build import list_of
-from wantrt.cli.command import command as wantrt_command
+from wantrt.cli.command import command as bench_command
 from wantrt.cli.console import Console
 from wantrt.errors import BenchError, SettingsError
 from wantrt.jobs import Job, read_prompts
@@ -244,7 +244,7 @@ def well_read(path: Path) -> Iterator[Job]:
         yield job
 
 
-@wantrt_command()
+@bench_command()
 @click.option("--bundle", metavar="BUNDLE", help="A folder, or what ships. [default: nano]")
 @click.option("--against", metavar="BUNDLE", help="The reference. [default: the same bundle]")
 @click.option("--runtime", default="auto", show_default=True, metavar="NAME")

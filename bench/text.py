@@ -27,7 +27,7 @@ from wantrt.bench.rates import Rates, measure_rates
 from wantrt.bench.result import Row, Table, number, run, spread, start, text
 from wantrt.bundle import Bundle
 from wantrt.cli.build import list_of
-from wantrt.cli.command import command as wantrt_command
+from wantrt.cli.command import command as bench_command
 from wantrt.cli.console import Console
 from wantrt.config import find_variant
 from wantrt.errors import SettingsError
@@ -125,7 +125,7 @@ def measure(
             }
 
 
-@wantrt_command()
+@bench_command()
 @click.option("--variant", default="nano", show_default=True, metavar="NAME")
 @click.option("--layers", type=click.IntRange(1), metavar="N", help="[default: all]")
 @click.option(

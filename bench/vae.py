@@ -30,7 +30,7 @@ from wantrt.bench.result import Row, Table, number, run, spread, start, text
 from wantrt.build import choose_precision
 from wantrt.bundle import Bundle
 from wantrt.cli.build import list_of
-from wantrt.cli.command import command as wantrt_command
+from wantrt.cli.command import command as bench_command
 from wantrt.cli.console import Console
 from wantrt.config import VARIANTS, Size
 from wantrt.device import Device
@@ -236,7 +236,7 @@ def precision_of(bundle: Bundle, kind: str) -> str:
     return "fp32" if kind.startswith("encoder") else bundle.precision["vae"]
 
 
-@wantrt_command()
+@bench_command()
 @click.option(
     "--vae",
     "vaes",
