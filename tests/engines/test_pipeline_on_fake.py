@@ -246,6 +246,8 @@ def test_a_hybrid_of_two_widths(patches, tmp_path, weights):
     with fake_gpu(), Pipeline.load(bundle.path, RUNTIME, residency="phase") as pipe:
         taking_turns = [isinstance(part, ExpertPart) for part in pipe.parts.values()]
         assert sum(taking_turns) == (2 if weights == "bound" else 0)
+        with pytest.raises(SettingsError, match=r"wantrt build --checkpoint custom@.*:1-0\.9,cust"):
+            pipe.resolve("a red cat", size=(64, 64))
     resident = frames_on_gpu(bundle.path, "resident", settings)
     assert np.array_equal(frames_on_gpu(bundle.path, "phase", settings), resident)
     assert np.abs(resident - expected).mean() < 1

@@ -360,7 +360,7 @@ REFUSED = {
     "statistics": (
         pair(f"14B@random:0:{SMALL}", f"14B@random:0:{SMALL},vae.z_dim=8"),
         CheckpointError,
-        "different latent spaces: t2v-14b-2 has z_dim 8, not 16; latents_mean",
+        "different latent spaces: t2v-14b-2 has z_dim 8, not 16; other latents_mean; other",
     ),
     "tasks": (
         pair("14B@random:0", "i2v-a14b.low_noise@random:0"),

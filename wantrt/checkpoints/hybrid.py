@@ -93,9 +93,10 @@ def _check_fit(
 
     def refuse(what: str, differing: Sequence[str]) -> None:
         if differing:
+            short = [f"other {d.split()[0]}" if "(" in d else d for d in differing]  # statistics
             raise CheckpointError(
                 f"{name} and {other_name} are experts {what}: {other_name} has "
-                f"{'; '.join(differing)}. They cannot take turns; choose experts of one family."
+                f"{'; '.join(short)}. They cannot take turns; choose experts of one family."
             )
 
     refuse("of different latent spaces", differences(one.vae, another.vae))
