@@ -44,7 +44,7 @@ $(VENV)/.stamp-dev: $(INPUTS)
 
 # A bare machine with a GPU: its own python3 with torch, Triton, pytest, safetensors and numpy. The
 # pieces are in order of importance and take at most ten minutes each; `make gpu-1` runs one alone.
-# First tests, then measurements, which write bench/results/*.json.
+# First tests, then measurements, which write bench-results/*.json.
 GPU_PIECES := 1 2 3 4 5 6
 GPU_1 := tests/gpu/test_runtime_on_gpu.py
 GPU_2 := tests/kernels tests/bench/test_on_kernels.py

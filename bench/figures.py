@@ -120,15 +120,15 @@ def stacked(
     def draw(result: Result) -> Figure | None:
         found = []
         for row, label in zip(result.rows, labels(result.rows), strict=True):
-            taken = {key: told for key in parts if (told := value(row, key)) is not None}
-            if not taken:
+            taken = {key: told for key in parts if (told := value(row, key))}
+            total = (value(row, whole) if whole else None) or sum(taken.values())
+            if not total:
                 continue
-            unit = next(iter(taken))
+            unit = whole or next(iter(taken))
             pieces = [
                 Part(seconds, parts[key][1], f"{parts[key][0]}: {quantity(key, seconds)}")
                 for key, seconds in taken.items()
             ]
-            total = (value(row, whole) if whole else None) or sum(taken.values())
             if (other := total - sum(taken.values())) > 1e-3 * total:
                 pieces.append(Part(other, "c6", f"besides: {quantity(unit, other)}"))
             found.append(Bar(label, pieces, quantity(unit, total)))

@@ -17,7 +17,7 @@ import click
 
 from wantrt.bench.figures import figures
 from wantrt.bench.plots import figure
-from wantrt.bench.result import Result
+from wantrt.bench.result import UNFINISHED, Result
 from wantrt.bench.tables import lines, load_all, markdown, rewrite, table_of
 from wantrt.cli.bench import COMMANDS
 from wantrt.cli.command import command as wantrt_command
@@ -98,9 +98,8 @@ def page(results: Mapping[str, Result]) -> str:
 
 def section(name: str, result: Result) -> str:
     """A result: what it is, its plots beside the card, and its table."""
-    partial = (
-        f'<p class="partial"><b>Partial.</b> {escape(result.partial)}</p>' if result.partial else ""
-    )
+    why = "it still ran, or was killed" if result.partial == UNFINISHED else result.partial
+    partial = f'<p class="partial"><b>Partial.</b> {escape(why)}</p>' if why else ""
     drawn = "".join(
         f"<figure><figcaption>{escape(one.title)}</figcaption>{one.markup}"
         + (f'<p class="hint">{escape(one.note)}</p>' if one.note else "")
@@ -143,7 +142,8 @@ def card_lines(result: Result) -> Iterator[tuple[str, str]]:
     yield "commit", escape(result.commit or "unknown")
     yield "date", escape(result.date.replace("T", " ").replace("Z", " UTC"))
     yield "command", f"<code>{escape(result.command)}</code>"
-    yield f"settings {result.config_hash}", escape(told_settings(result.settings))
+    summary = f"<summary>{result.config_hash}</summary>"
+    yield "settings", f"<details>{summary}{escape(told_settings(result.settings))}</details>"
     if result.note:
         yield "note", escape(result.note)
 
@@ -154,8 +154,18 @@ def told_rate(name: str, rate: float) -> str:
     return f"{figure(rate / 1e12)} TFLOP/s, {escape(name)}"
 
 
-def told_settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {told}" for key, told in settings.items() if told is not None)
+def told_settings(settings: Any) -> str:
+    """Names and values in a line, what lies within in parentheses."""
+    if isinstance(settings, Mapping):
+        told = (f"{key} {within(value)}" for key, value in settings.items() if value is not None)
+        return ", ".join(told)
+    if isinstance(settings, list):
+        return ", ".join(map(within, settings))
+    return str(settings)
+
+
+def within(value: Any) -> str:
+    return f"({told_settings(value)})" if isinstance(value, (Mapping, list)) else str(value)
 
 
 def machine_name(result: Result) -> str:

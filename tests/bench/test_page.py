@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.bench.samples import around, sample, samples
+from tests.bench.samples import around, latency_row, sample, samples
 from wantrt.bench.figures import FIGURES, figures, labels
-from wantrt.bench.page import page, section
+from wantrt.bench.page import page, section, told_settings
 from wantrt.bench.plots import Axis, Bar, Part, Series, bars, plot, quantity
 from wantrt.bench.tables import plain_table
 from wantrt.cli import main
@@ -95,10 +95,20 @@ def test_figures_beside_card_and_table(name):
         assert row["name"] in drawn[drawn.index("<table>") :]
 
 
+def test_settings_are_words():
+    settings = {"precision": {"vae": "fp32"}, "runtimes": ["torch", "onnxruntime"], "size": None}
+    told = told_settings(settings | {"videos": [{"seed": 0}, {"seed": 1}]})
+    assert told == (
+        "precision (vae fp32), runtimes (torch, onnxruntime), videos ((seed 0), (seed 1))"
+    )
+
+
 def test_partial_results_say_so():
     found = samples()
     assert "KeyboardInterrupt: interrupted" in section("latency", found["latency"])
     assert "Partial" not in section("compare", found["compare"])
+    killed = sample("latency", [latency_row("x")], partial="running")
+    assert "it still ran, or was killed" in section("latency", killed)
     content = page(found)
     assert ">latency *</a>" in content
     assert ">compare</a>" in content

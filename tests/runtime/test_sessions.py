@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
 from tests.export.components import make_components, make_inputs, make_weights
-from wantrt.bench.report import PeakMemory, anonymous_bytes
+from wantrt.bench.memory import PeakMemory, anonymous_bytes
 from wantrt.config import DiTConfig
 from wantrt.device import CPUDevice
 from wantrt.errors import BundleError, ExecutionError, RuntimeUnavailableError
