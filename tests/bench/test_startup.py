@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.bench.commands import ran, refusal
@@ -44,6 +45,13 @@ def test_loading_alone():
 def test_the_error_of_a_failed_process_is_told():
     with pytest.raises(ExecutionError, match=r"failed: wantrt.*BundleError: /nowhere is not a b"):
         start_process(asked(bundle="/nowhere"))
+
+
+def test_images_reach_the_pipeline(tmp_path):
+    """This one takes none, and says so."""
+    np.savez(tmp_path / "source.npz", image=np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(ExecutionError, match="takes no --image"):
+        start_process(asked(arrays=str(tmp_path / "source.npz")))
 
 
 def test_a_dropped_file_is_read_from_the_disk_again(tmp_path):
