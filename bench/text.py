@@ -78,12 +78,14 @@ def measure(
     *,
     warmup: int,
     runs: int,
+    name: str | None = None,
 ) -> Iterator[Row]:
-    """A row for each runtime and length of a prompt, in tokens."""
+    """A row for each runtime and length of a prompt, in tokens. name: of the variant, if a bundle
+    of some of its layers does not know it."""
     variant = bundle.variant
+    name = name or variant.name
     config, rows = variant.text_encoder, variant.experts[0].dit.text_len
-    for name in runtimes:
-        runtime = loading.RUNTIMES[name]
+    for runtime in (loading.RUNTIMES[asked] for asked in runtimes):
         device = runtime.make_device()
         peaks, before = Peaks(device.torch_device), anonymous_bytes()
         begun = time.perf_counter()
@@ -108,9 +110,9 @@ def measure(
             )
             times = spread(seconds[warmup:])
             yield {
-                "name": f"{variant.name}, {config.num_layers} layers, {tokens} tokens, {name}",
-                "variant": variant.name,
-                "runtime": name,
+                "name": f"{name}, {config.num_layers} layers, {tokens} tokens, {runtime.name}",
+                "variant": name,
+                "runtime": runtime.name,
                 "precision": bundle.precision[PART],
                 "layers": config.num_layers,
                 "tokens": tokens,
@@ -166,6 +168,7 @@ def command(
     device = loading.RUNTIMES[chosen[0]].make_device().torch_device
     settings: dict[str, Any] = {
         **describe_bundle(bundle),
+        "variant": row.name,
         "layers": bundle.variant.text_encoder.num_layers,
         "runtimes": chosen,
         "tokens": lengths,
@@ -176,5 +179,5 @@ def command(
     result = start("text", settings, note)
     rates = measure_rates(device, PRECISIONS[bundle.precision[PART]])
     result.machine["rates"] = asdict(rates)
-    rows = measure(bundle, chosen, lengths, rates, warmup=warmup, runs=runs)
+    rows = measure(bundle, chosen, lengths, rates, warmup=warmup, runs=runs, name=row.name)
     return run(console, result, rows, TABLE, out)

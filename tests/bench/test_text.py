@@ -34,6 +34,7 @@ def test_rows(monkeypatch):
     ]
     assert encoded == [str(row["tokens"]) for row in rows for _ in range(3)]
     for row in rows:
+        assert row["variant"] == bundle.variant.name
         assert row["text_s"]["runs"] == 2
         assert row["floor_fraction"] == pytest.approx(row["floor_s"] / row["text_s"]["median"])
     whole = text_cost(bundle.variant, torch.float32)
@@ -55,6 +56,7 @@ def test_command(tmp_path, capsys):
     result = json.loads(shown[-1])
     assert [row["tokens"] for row in result["rows"]] == [8, 32]
     assert result["settings"]["layers"] == 2
+    assert {row["variant"] for row in result["rows"]} == {result["settings"]["variant"]} == {"nano"}
     assert max(len(line) for line in shown if re.search("[┃│]", line)) <= 100
 
 
