@@ -129,7 +129,9 @@ def stacked(
                 Part(seconds, parts[key][1], f"{parts[key][0]}: {quantity(key, seconds)}")
                 for key, seconds in taken.items()
             ]
-            if (other := total - sum(taken.values())) > 1e-3 * total:
+            if not taken:
+                pieces.append(Part(total, "c1", f"all of it: {quantity(unit, total)}"))
+            elif (other := total - sum(taken.values())) > 1e-3 * total:
                 pieces.append(Part(other, "c6", f"besides: {quantity(unit, other)}"))
             found.append(Bar(label, pieces, quantity(unit, total)))
         return Figure(title, plots.bars(found), note) if found else None
