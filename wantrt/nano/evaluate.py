@@ -49,7 +49,11 @@ def evaluate_cases(pipeline: Pipeline, cases: Sequence[dict[str, Any]]) -> dict[
         frames = pipeline(case["prompt"], image=image, seed=case["seed"]).frames
         verdicts.append(judge(frames))
         fidelity.append(psnr((((frames[0].astype(float) - image) / 127.5) ** 2).mean()))
-    first_frame = {"mean": float(np.mean(fidelity)), "worst": float(np.min(fidelity))}
+    first_frame = {
+        "mean": float(np.mean(fidelity)),
+        "worst": float(np.min(fidelity)),
+        "below_25": sum(value < 25 for value in fidelity),
+    }
     return {**score(cases, verdicts), "first_frame_psnr": first_frame}
 
 
