@@ -1,9 +1,9 @@
 """Tables of results: in the page, in Markdown, and in the marked sections of a README.
 
 A section names a result by its path below the folder of results, without .json, and may choose
-columns of the command's table by their titles:
+rows by a text in their names and columns of the command's table by their titles:
 
-    <!-- bench:latency: what, e2e -->
+    <!-- bench:latency[onnxruntime]: what, e2e -->
     what stands here is written by `wantrt bench report FOLDER --readme README.md`
     <!-- /bench -->
 """
@@ -11,6 +11,7 @@ columns of the command's table by their titles:
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,8 @@ from wantrt.linked import refuse_other_names
 refuse_other_names(__spec__)
 
 SECTION = re.compile(
-    r"(?P<start><!-- bench:(?P<name>[\w./-]+?)(?::(?P<columns>[^\n]*?))? -->\n)"
+    r"(?P<start><!-- bench:(?P<name>[\w./-]+?)(?:\[(?P<rows>[^\]\n]+)\])?"
+    r"(?::(?P<columns>[^\n]*?))? -->\n)"
     r"(?P<body>.*?)(?P<end><!-- /bench -->)",
     re.DOTALL,
 )
@@ -100,8 +102,16 @@ def lines(result: Result, table: Table) -> list[list[str]]:
         ) from None
 
 
-def markdown(result: Result, columns: Sequence[str] = (), link: str | None = None) -> str:
-    """The table, and below it where it was measured, when and how. link: to the file."""
+def markdown(
+    result: Result, columns: Sequence[str] = (), link: str | None = None, rows: str = ""
+) -> str:
+    """The table, and below it where it was measured, when and how.
+
+    link: to the file. rows: only those with this text in their names. Raises BenchError.
+    """
+    result = replace(result, rows=[row for row in result.rows if rows in row["name"]])
+    if not result.rows:
+        raise BenchError(f"bench:{result.name}: no row has {rows!r} in its name")
     table = table_of(result)
     if columns:
         table = choose(table, columns, f"bench:{result.name}")
@@ -129,7 +139,7 @@ def fill(content: str, results: Mapping[str, Result], links: str) -> str:
                 f"section bench:{name} has no result; there are {', '.join(sorted(results))}"
             )
         titles = [title.strip() for title in asked.split(",") if title.strip()]
-        body = markdown(results[name], titles, f"{links}/{name}.json")
+        body = markdown(results[name], titles, f"{links}/{name}.json", match["rows"] or "")
         return f"{match['start']}\n{body}\n\n{match['end']}"
 
     marks = MARKS.findall(content)

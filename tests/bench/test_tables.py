@@ -60,6 +60,7 @@ def test_a_number_that_was_altered_is_found():
     [
         ("<!-- bench:latency -->\n<!-- /bench -->", "bench:latency has no result; there are compa"),
         ("<!-- bench:compare: what -->\n<!-- /bench -->", "no column 'what'; there are name,"),
+        ("<!-- bench:compare[none] -->\n<!-- /bench -->", "no row has 'none' in its name"),
         ("<!-- bench:compare -->\n", "has no <!-- /bench -->"),
         ("<!-- /bench -->\n<!-- bench:compare -->", "or the other way round"),
         ("<!-- bench:compare -->\n<!-- bench:compare -->\n", "or the other way round"),
@@ -89,6 +90,13 @@ def test_two_folders_with_one_name_are_both_shown(tmp_path):
     for name in ("a", "b"):
         compared().write(tmp_path / name)
     assert len(load_all([tmp_path / "a", tmp_path / "b"])) == 2
+
+
+def test_rows_are_chosen_by_their_names():
+    two = sample("later", [{"name": "a: first", "x": 1}, {"name": "a: again", "x": 2}])
+    filled = fill("<!-- bench:later[first]: name, x -->\n<!-- /bench -->", {"later": two}, "r")
+    assert "| a: first | 1 |" in filled
+    assert "again" not in filled
 
 
 def test_columns_are_chosen_in_order():
