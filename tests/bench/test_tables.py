@@ -95,7 +95,7 @@ def test_two_folders_with_one_name_are_both_shown(tmp_path):
 def test_rows_are_chosen_by_their_names():
     two = sample("later", [{"name": "a: first", "x": 1}, {"name": "a: again", "x": 2}])
     filled = fill("<!-- bench:later[first]: name, x -->\n<!-- /bench -->", {"later": two}, "r")
-    assert "| a: first | 1 |" in filled
+    assert "| a: first | 1.00 |" in filled
     assert "again" not in filled
 
 
