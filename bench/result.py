@@ -35,6 +35,7 @@ SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 
 UNFINISHED = "running"
+CARD = ("cpu", "threads", "cores", "load", "versions")  # what is told of every machine
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
@@ -117,6 +118,8 @@ def check(result: Result, where: str) -> None:
     for key, kind in {**texts, "settings": dict, "machine": dict, "rows": list}.items():
         if not isinstance(getattr(result, key), kind):
             raise BenchError(f"{where} is damaged: {key!r} is no {kind.__name__}; measure again")
+    if missing := [key for key in CARD if key not in result.machine]:
+        raise BenchError(f"{where} is damaged: its machine lacks {missing[0]!r}; measure again")
     for row in result.rows:
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):
             raise BenchError(f"{where} is damaged: a row has no name; measure again")

@@ -111,7 +111,8 @@ def markdown(
     """
     result = replace(result, rows=[row for row in result.rows if rows in row["name"]])
     if not result.rows:
-        raise BenchError(f"bench:{result.name}: no row has {rows!r} in its name")
+        why = f"no row has {rows!r} in its name" if rows else "it has no rows; measure again"
+        raise BenchError(f"bench:{result.name}: {why}")
     table = table_of(result)
     if columns:
         table = choose(table, columns, f"bench:{result.name}")

@@ -1,4 +1,4 @@
-"""Wan text-to-video through exported graphs.
+"""Wan videos from text, images and masks, through exported graphs.
 
     from wantrt import Pipeline
 

@@ -13,5 +13,5 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
         return
     close = difflib.get_close_matches(name.lower(), names, n=1)
     close = close or [other for other in names if other.startswith(name.lower())]
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise SettingsError(f"unknown {kind} {name!r}; {hint}There are: {', '.join(names)}")
+    hint = f"did you mean {close[0]}? There" if close else "there"
+    raise SettingsError(f"unknown {kind} {name!r}; {hint} are: {', '.join(names)}")

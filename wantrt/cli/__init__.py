@@ -19,7 +19,7 @@ from wantrt.cli.verify import verify
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="wantrt", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Wan text-to-video through exported graphs, on any machine.
+    """Wan videos from text, images and masks, through exported graphs, on any machine.
 
     \b
     wantrt generate "a red circle moves right"      a video, with the checkpoint that ships
