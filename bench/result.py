@@ -126,11 +126,21 @@ def check(result: Result, where: str) -> None:
 
 
 def told_command() -> str:
-    """The command line, as it can be typed again."""
+    """The command line, to be typed again; where its result went and its note are left out."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).name
     head = ["wantrt"] if name in ("wantrt", "wantrt.cli") else ["python", "-m", name]
-    return shlex.join([*head, *sys.argv[1:]])
+    return shlex.join([*head, *without(("--out", "--note"), sys.argv[1:])])
+
+
+def without(options: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Arguments of a command without some options, which take a value."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument.split("=")[0] not in options:
+            kept.append(argument)
+        skip = not skip and argument in options
+    return kept
 
 
 def finite(value: Any) -> Any:

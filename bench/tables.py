@@ -1,7 +1,7 @@
 """Tables of results: in the page, in Markdown, and in the marked sections of a README.
 
 A section names a result by its path below the folder of results, without .json, and may choose
-rows by a text in their names and columns of the command's table by their titles:
+rows by a text in their first column and columns of the command's table by their titles:
 
     <!-- bench:latency[onnxruntime]: what, e2e -->
     what stands here is written by `wantrt bench report FOLDER --readme README.md`
@@ -107,13 +107,15 @@ def markdown(
 ) -> str:
     """The table, and below it where it was measured, when and how.
 
-    link: to the file. rows: only those with this text in their names. Raises BenchError.
+    link: to the file. rows: only those with this text in their first column. Raises BenchError.
     """
-    result = replace(result, rows=[row for row in result.rows if rows in row["name"]])
-    if not result.rows:
-        why = f"no row has {rows!r} in its name" if rows else "it has no rows; measure again"
-        raise BenchError(f"bench:{result.name}: {why}")
     table = table_of(result)
+    shown = lines(result, table)
+    chosen = [row for row, cells in zip(result.rows, shown, strict=True) if rows in cells[0]]
+    if not chosen:
+        where = f"no row has {rows!r} in its first column" if rows else "it has no rows"
+        raise BenchError(f"bench:{result.name}: {where}")
+    result = replace(result, rows=chosen)
     if columns:
         table = choose(table, columns, f"bench:{result.name}")
     told = f"{card_line(result)}; {result.date[:10]}; `{result.command}`"
@@ -123,7 +125,6 @@ def markdown(
         told += f"; {result.note}"
     if result.partial:
         told = f"**Partial** ({result.partial}). {told}"
-    lines(result, table)
     return f"{table.markdown(result.rows)}\n\n{told}"
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from wantrt.bench.result import Table, finite, load, number, run, spread, start, text
+from wantrt.bench.result import Table, finite, load, number, run, spread, start, text, told_command
 from wantrt.cli.console import Console
 from wantrt.errors import BenchError
 
@@ -99,6 +99,23 @@ def test_spread():
     found = spread([3.0, 1.0, 2.0])
     assert (found["median"], found["min"], found["max"], found["runs"]) == (2.0, 1.0, 3.0, 3)
     assert found["min"] <= found["p10"] <= found["p90"] <= found["p99"] <= found["max"]
+
+
+def test_a_command_can_be_typed_again(monkeypatch):
+    given = [
+        "wantrt",
+        "bench",
+        "vae",
+        "--out",
+        "--x",
+        "--size",
+        "64x64",
+        "--note=a b",
+        "--runs",
+        "2",
+    ]
+    monkeypatch.setattr("sys.argv", given)
+    assert told_command().endswith("bench vae --size 64x64 --runs 2")
 
 
 def test_tables():

@@ -60,7 +60,7 @@ def test_a_number_that_was_altered_is_found():
     [
         ("<!-- bench:latency -->\n<!-- /bench -->", "bench:latency has no result; there are compa"),
         ("<!-- bench:compare: what -->\n<!-- /bench -->", "no column 'what'; there are name,"),
-        ("<!-- bench:compare[none] -->\n<!-- /bench -->", "no row has 'none' in its name"),
+        ("<!-- bench:compare[none] -->\n<!-- /bench -->", "no row has 'none' in its first"),
         ("<!-- bench:compare -->\n", "has no <!-- /bench -->"),
         ("<!-- /bench -->\n<!-- bench:compare -->", "or the other way round"),
         ("<!-- bench:compare -->\n<!-- bench:compare -->\n", "or the other way round"),

@@ -41,6 +41,7 @@ REFUSED = [
     (VACE, {"video": FILM, "mask": moving_mask(9, 64, 32)}, "the mask is 64x32 and the video 48x"),
     (VACE, {"video": FILM, "num_frames": 8}, "8 frames is not .* nearest: 5 or 9"),
     (VACE, {"video": FILM, "context_scale": float("nan")}, "use a finite number"),
+    (VACE, {"reference_images": [picture(4, 40)], "convention": "diffusers"}, "of 4x40 is too sm"),
     (VACE, {"reference_images": [IMAGE], "fit": "crop"}, "there is none"),
 ]
 UNREADABLE = [

@@ -117,6 +117,8 @@ def choose_size(
     The fit is None where nothing is to be fitted.
     """
     given, frames = size or variant.size, variant.num_frames if num_frames is None else num_frames
+    for reference in source.references:
+        vace.check_reference(size_of(reference), convention)
     if source.last_image is not None:
         fitting.check_frames(frames, fewest=flf2v.FEWEST_FRAMES)
     if fit is not None and source.image is None and source.video is None:

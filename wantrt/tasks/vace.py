@@ -286,14 +286,22 @@ def _reference_context(image: Pixels, size: Size, encode: Encode, convention: st
     return F.pad(latent, (0, 0, 0, 0, 0, 0, 0, CHANNELS - latent.shape[1]))
 
 
+def check_reference(size: Size, convention: str) -> None:
+    """Raises SettingsError for a reference image that the convention makes nothing of."""
+    if convention == "diffusers" and min(size) < CELL:
+        raise SettingsError(
+            f"a reference image of {size[0]}x{size[1]} is too small; give one of {CELL}x{CELL} "
+            "pixels or more"
+        )
+
+
 def place_reference(image: Pixels, size: Size, convention: str = "official") -> Tensor:
     """A reference image uint8 [H, W, 3], whole, on a white canvas fp32 [3, height, width]."""
     check_pixels(image)
     its_size = size_of(image)
     if convention == "diffusers":  # its processor first cuts sizes down to whole cells
+        check_reference(its_size, convention)
         its_size = its_size[0] // CELL * CELL, its_size[1] // CELL * CELL
-        if not all(its_size):
-            raise SettingsError(f"a reference image must have {CELL}x{CELL} pixels or more")
         pixels = resize_lanczos(image, its_size)
     else:
         pixels = to_tensor(image)
