@@ -5,7 +5,7 @@ or its size is chosen, before any weight is loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -154,7 +154,10 @@ def make_conditioning(
     encode: Encode,
     encode_images: EncodeImages,
 ) -> Conditioning:
-    """What the denoising loop is given. encode: the VAE's encoder; encode_images: CLIP, if any."""
+    """What the denoising loop is given. encode: the VAE's encoder; encode_images: CLIP, if any.
+
+    Raises MediaError for frames of a video that cannot be decoded.
+    """
     fit = fit or "area"
     if variant.task == "vace":
         video, mask = None, None
@@ -176,7 +179,7 @@ def make_conditioning(
         made = flf2v.condition(first, last, num_frames, size, encode, convention, fit)
     if variant.image_encoder is None:
         return made
-    return Conditioning(channels=made.channels, image_features=encode_images(images))
+    return replace(made, image_features=encode_images(images))
 
 
 def _option(name: str) -> str:
