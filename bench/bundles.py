@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wantrt.build import choose_precision, open_bundle, plan_build
+from wantrt.build import choose_precision, open_bundle, open_shipped, plan_build
 from wantrt.bundle import Bundle
 from wantrt.checkpoints import open_checkpoint
 from wantrt.checkpoints.checkpoint import meta_module, part_configs
@@ -81,7 +81,7 @@ def choose_bundle(
     chosen = [choose_runtime(runtime, (precision,) if precision else ()) for runtime in runtimes]
     first, asked = chosen[0], str(bundle or variant or "nano")
     if asked in SHIPPED and not (bundle or checkpoint or precision or first.compiled):
-        return Choice(find_variant(asked), lambda progress: open_bundle(asked, progress))
+        return Choice(find_variant(asked), lambda progress: open_shipped(asked, progress))
     if bundle is not None:
         loaded = open_bundle(bundle)
         for runtime in runtimes:

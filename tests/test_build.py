@@ -291,6 +291,14 @@ def test_what_cannot_be_built_is_refused_before_any_work(
     assert not isinstance(raised.value, RuntimeUnavailableError)
 
 
+def test_a_folder_named_like_what_ships_is_taken_when_asked_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert open_bundle().variant.name == "nano"
+    with pytest.raises(BundleError, match="nano is not a bundle"):
+        open_bundle("nano")
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_ships_is_built_once(name: str) -> None:
     first = open_bundle(name)

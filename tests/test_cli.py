@@ -14,7 +14,7 @@ from tests.test_build import flip_byte
 from wantrt import __version__
 from wantrt.cli import main
 from wantrt.cli.console import gib
-from wantrt.config import VARIANTS
+from wantrt.config import SHIPPED, VARIANTS
 from wantrt.media import VideoWriter, read_metadata
 from wantrt.receipt import write_receipt
 
@@ -218,6 +218,14 @@ def test_a_folder_without_a_checkpoint_says_what_was_looked_for(wantrt, tmp_path
 
 
 # -- generate -------------------------------------------------------------------------------------
+
+
+def test_a_folder_named_like_what_ships_is_no_default(wantrt, tmp_path) -> None:
+    for name in SHIPPED:
+        (tmp_path / name).mkdir()
+    asked = ("generate", "a red circle", "--frames", "1", "--steps", "1", "--out", "x.png")
+    assert wantrt(*asked).code == 0
+    refused(wantrt(*asked, "--bundle", "nano"), "nano is not a bundle")
 
 
 def test_generate_ends_with_the_path(wantrt, tmp_path: Path) -> None:

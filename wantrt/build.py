@@ -315,11 +315,21 @@ def open_bundle(
 ) -> Bundle:
     """A bundle by its folder, or by the name of a variant that ships with wantrt (None: nano).
 
-    What ships is built once, into the user's cache folder. Raises BundleError.
+    Of a folder and what ships under one name, it is the folder. Raises BundleError.
     """
-    name = "nano" if bundle is None else os.fspath(bundle)
-    if name not in SHIPPED or os.path.isdir(name):
-        return Bundle.load(Path(name))
+    if bundle is None:
+        return open_shipped("nano", progress)
+    name = os.fspath(bundle)
+    if name in SHIPPED and not os.path.isdir(name):
+        return open_shipped(name, progress)
+    return Bundle.load(Path(name))
+
+
+def open_shipped(name: str, progress: Progress = silent) -> Bundle:
+    """The bundle of a variant that ships, built once into the user's cache folder.
+
+    name: one of `SHIPPED`; what lies in the current folder is no matter.
+    """
     key = make_key(_hash_files(SHIPPED[name]), _hash_code())
     folder = cache_folder() / "bundles" / f"{name}-{key[:16]}"
     try:

@@ -145,7 +145,7 @@ def generate(
         raise click.UsageError("--latents and --init-latents of many videos go into their lines")
 
     from wantrt.batch import Failed, generate_all
-    from wantrt.build import open_bundle
+    from wantrt.build import open_bundle, open_shipped
     from wantrt.jobs import Job, read_prompts
 
     given = {name: value for name, value in settings.items() if value not in (None, ())}
@@ -154,7 +154,10 @@ def generate(
         jobs = [with_defaults(job, given) for job in read_prompts(prompts)]
     results: list[Made | Failed] = []
     with console.progress() as progress:
-        loaded = open_bundle(bundle or default_bundle(jobs), progress)
+        if bundle is None:
+            loaded = open_shipped(default_bundle(jobs), progress)
+        else:
+            loaded = open_bundle(bundle, progress)
         folder = Path(out or ".") if prompts else Path()
         for result in generate_all(
             loaded,
