@@ -14,7 +14,7 @@ from wantrt.media import read_metadata
 from wantrt.tasks.fitting import size_by_area
 
 PROMPT = "a red circle moves right"
-SHORT = {"num_frames": 5, "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 0}
+SHORT = {"num_frames": 5, "num_inference_steps": 4, "guidance_scale": 3.0, "seed": 0}
 FIRST, SECOND = picture(48, 32), picture(48, 32, seed=1)
 FILM, MASK = film(5, 48, 32), moving_mask(5, 48, 32)
 
@@ -93,7 +93,7 @@ def test_residency_does_not_show(variant, policy, frames_of):
 def test_a_cancelled_generation_leaves_nothing(variant, frames_of):
     with Pipeline.load(bundle_of(variant), "torch") as pipe:
         settings = settings_of(variant, SOURCES[variant][1])
-        with pytest.raises(CancelledError, match="denoise, after 2 of 3"):
+        with pytest.raises(CancelledError, match="denoise, after 2 of 4"):
             pipe(PROMPT, callback=lambda p: (p.stage, p.done) != ("denoise", 2), **settings)
         with pytest.raises(CancelledError):
             pipe(PROMPT, callback=lambda p: pipe.cancel(), **settings)
