@@ -35,44 +35,66 @@ refuse_other_names(__spec__)
 # does not depend on what was freed before.
 OWN_HEAP = "glibc.malloc.tcache_count=0:glibc.malloc.mmap_threshold=131072"
 
-_one_at_a_time = threading.Lock()
-_compilers: dict[tuple[int, str], "_Compiler"] = {}  # by process, which may fork, and flavour
+_lock = threading.Lock()
+_idle: dict[tuple[int, str], list["_Compiler"]] = {}  # by process, which may fork, and flavour
+_busy: set["_Compiler"] = set()
 
 
 def build_apart(
     flavour: Flavour, request: PlanRequest, path: Path, progress: Progress = silent
 ) -> None:
-    """Compile a plan into a file. Ctrl-C stops it at once. Raises what `build_plan` raises."""
+    """Compile a plan into a file. Ctrl-C stops it at once. Raises what `build_plan` raises.
+
+    Threads that compile at once have a process each.
+    """
     if builds_in_place():
         with stoppable() as stopped:
             path.write_bytes(memoryview(build_plan(flavour, request, progress, stopped)))
         return
-    with _one_at_a_time:
-        compiler = _find_compiler(flavour)
-        try:
-            compiler.compile(request, path, progress)
-        except BaseException:
-            compiler.stop()
-            raise
+    compiler = _take_compiler(flavour)
+    try:
+        compiler.compile(request, path, progress)
+    except BaseException:
+        compiler.stop()
+        raise
+    finally:
+        _give_back(compiler)
 
 
 def builds_in_place() -> bool:
     return torch.cuda.is_available()
 
 
-def _find_compiler(flavour: Flavour) -> "_Compiler":
-    """This process's compiler, which is ready some seconds after its start."""
-    key = (os.getpid(), flavour.name)
-    compiler = _compilers.get(key)
-    if compiler is None or not compiler.is_running():
-        compiler = _compilers[key] = _Compiler(flavour.name)
+def stop_compilers() -> None:
+    """Stop what other threads compile; there it is an error."""
+    with _lock:
+        for compiler in _busy:
+            compiler.kill()
+
+
+def _take_compiler(flavour: Flavour) -> "_Compiler":
+    """An idle one of this process, or a new one, which is ready some seconds after its start."""
+    with _lock:
+        idle = _idle.setdefault((os.getpid(), flavour.name), [])
+        while idle and not idle[-1].is_running():
+            idle.pop().stop()
+        compiler = idle.pop() if idle else _Compiler(flavour.name)
+        _busy.add(compiler)
     return compiler
+
+
+def _give_back(compiler: "_Compiler") -> None:
+    with _lock:
+        _busy.discard(compiler)
+        if compiler.is_running():
+            _idle[os.getpid(), compiler.flavour].append(compiler)
 
 
 class _Compiler:
     """The other process, seen from here. It ends with this one, and when it is stopped."""
 
     def __init__(self, flavour: str) -> None:
+        self.flavour = flavour
         self._socket, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -116,7 +138,10 @@ class _Compiler:
                 "--stack."
             )
 
-    def stop(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
+
+    def stop(self) -> None:
+        self.kill()
         self._process.wait()
         self._socket.close()

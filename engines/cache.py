@@ -10,6 +10,7 @@ is here was compiled here, and `is_trusted` says so.
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -130,9 +131,9 @@ def _record(key: str) -> Path:
 
 @contextmanager
 def _unfinished(key: str) -> Iterator[Path]:
-    """A file of this process alone, gone at the end of the block unless it was finished."""
+    """A file of this thread alone, gone at the end of the block unless it was finished."""
     _folder().mkdir(parents=True, exist_ok=True)
-    part = _folder() / f"{key}.{os.getpid()}{PART_SUFFIX}"
+    part = _folder() / f"{key}.{os.getpid()}.{threading.get_ident()}{PART_SUFFIX}"
     try:
         yield part
     finally:

@@ -317,16 +317,18 @@ def build_there(out: Path, cache: Path) -> None:
     planned(out).run()
 
 
-def test_ctrl_c_stops_and_the_same_command_goes_on(built: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_stops_and_the_same_command_goes_on(built: Path, tmp_path: Path, jobs: str) -> None:
     out, private = tmp_path / "b", tmp_path / "cache"
-    build = run(out, private, stderr=subprocess.PIPE)
+    build = run(out, private, "--jobs", jobs, stderr=subprocess.PIPE)
     while not list((private / "wantrt/plans").glob("*.part")) and build.poll() is None:
         time.sleep(0.002)  # until TensorRT is compiling
     build.send_signal(signal.SIGINT)
     _, said = build.communicate(timeout=20)
     assert build.returncode == 130
     assert said.splitlines()[-1] == "wantrt: stopped; the same command goes on where it stopped"
-    assert {path.name for path in out.iterdir()} == {"tokenizer", "graphs", BUILD_LOG}
+    finished = {"plans"} if jobs == "2" else set()  # a plan beside the one that was seen
+    assert {path.name for path in out.iterdir()} - finished == {"tokenizer", "graphs", BUILD_LOG}
     left = len(planned(out, with_weights=False).missing())
     assert 0 < left < len(planned(out, with_weights=False).pieces)
     shutil.copytree(cache_folder(), private / "wantrt", dirs_exist_ok=True)
@@ -334,14 +336,45 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(built: Path, tmp_path: Path) 
     Bundle.load(out)
 
 
-def run(out: Path, private_cache: Path, **streams: int) -> subprocess.Popen[str]:
+def run(out: Path, private_cache: Path, *more: str, **streams: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*COMMAND, "--out", str(out)],
+        [*COMMAND, "--out", str(out), *more],
         env={**os.environ, "XDG_CACHE_HOME": str(private_cache)},
         stdout=subprocess.DEVNULL,
         text=True,
         **streams,
     )
+
+
+def test_plans_compiled_at_once_are_the_same(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = planned(tmp_path / "b").run(jobs=2)
+    assert contents(bundle.path) == contents(built)
+
+
+def test_a_plan_that_fails_stops_those_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build = cache.build_apart
+    begun: list[str] = []
+
+    def fails(flavour, request, *rest) -> None:
+        begun.append(request.component.name)
+        if len(begun) == 2:
+            raise BuildError("no kernel")
+        build(flavour, request, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "build_apart", fails)
+        with pytest.raises(BuildError, match="no kernel"):
+            planned(tmp_path / "b", with_weights=False).run(jobs=2)
+    assert len(begun) <= 3  # what was asked for meanwhile
+    assert not list((tmp_path / "cache/wantrt/plans").glob("*.part"))
+    with pytest.raises(BundleError, match="unfinished"):
+        Bundle.load(tmp_path / "b")
 
 
 # -- Before the work ------------------------------------------------------------------------------
@@ -382,8 +415,12 @@ def test_too_little_memory_is_found_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "available_memory", lambda: 2**29)
-    with pytest.raises(BuildError, match=r"1\.0 GiB of memory .* 0\.5 GiB are available"):
+    with pytest.raises(BuildError, match=r"1\.0 GiB of memory, and 0\.5 GiB are available"):
         planned(tmp_path / "b").run()
+    with pytest.raises(BuildError, match=r"at once takes about 2\.0 GiB .* fewer --jobs"):
+        planned(tmp_path / "b").run(jobs=2)
+    with pytest.raises(SettingsError, match="jobs is 0"):
+        planned(tmp_path / "b").run(jobs=0)
     assert not list((tmp_path / "b").iterdir())
 
 

@@ -8,8 +8,7 @@ alone; all give the same bytes. The manifest is written last: without one there 
 import hashlib
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,29 +98,35 @@ class Build:
         *,
         check: bool = False,
         wait: bool = False,
+        jobs: int = 1,
         progress: Progress = silent,
         receipt: str | None = None,
     ) -> Bundle:
         """Build what is missing. With `check`, hash what is there and rebuild what is damaged.
 
+        jobs: plans compiled at once; where there is a GPU it is one, whose kernels are timed alone.
         receipt: see wantrt/receipt.py. Raises BuildError: the folder holds something else, is being
         built by another process (unless `wait`), cannot be written, disk or memory is too small, or
         TensorRT does not build a plan. Ctrl-C ends it between two pieces, and within a plan.
         """
         if self.decide:
             decided = self.decide(progress)
-            return decided.run(check=check, wait=wait, progress=progress, receipt=receipt)
+            return decided.run(
+                check=check, wait=wait, jobs=jobs, progress=progress, receipt=receipt
+            )
+        if jobs < 1:
+            raise SettingsError(f"jobs is {jobs}; use 1 or more")
         self._refuse_strangers()
         with locked(self.out, wait):
             try:
-                return self._run(check, progress, receipt)
+                return self._run(check, _jobs_here(jobs), progress, receipt)
             except OSError as error:
                 raise BuildError(f"cannot write into {self.out}: {error}") from error
             finally:
                 if self.to_bake:
                     self.to_bake.close(self.out)
 
-    def _run(self, check: bool, progress: Progress, receipt: str | None) -> Bundle:
+    def _run(self, check: bool, jobs: int, progress: Progress, receipt: str | None) -> Bundle:
         log = read_log(self.out)
         before = log.pieces if log else {}
         built = {
@@ -132,15 +137,16 @@ class Build:
         }
         missing = [piece for piece in self.pieces if piece.name not in built]
         baked = {piece.bakes for piece in missing if piece.bakes}
-        check_room(self.out, missing, self.to_bake.temporary_bytes(baked) if self.to_bake else 0)
+        temporary = self.to_bake.temporary_bytes(baked) if self.to_bake else 0
+        check_room(self.out, missing, temporary, jobs)
         if missing:
             (self.out / MANIFEST).unlink(missing_ok=True)
         for piece in missing:  # before the first is made: a killed build must not find them again
             forget(self.out, before.get(piece.name))
         if missing:
             self._write_log(built)
-        for label, piece in _numbered(missing):
-            built[piece.name] = make(self.out, piece, progress, label)
+        for name, made in make(self.out, missing, progress, jobs):
+            built[name] = made
             self._write_log(built)
         remove_strangers(self.out, built)
         manifest = self._write_manifest(built)
@@ -215,6 +221,18 @@ class Build:
                 f"{self.out} has TensorRT plans, which this build would delete. Say --runtime "
                 "tensorrt-rtx (or tensorrt) to keep them, or name another --out."
             )
+
+
+def _jobs_here(jobs: int) -> int:
+    """As many plans at once as were asked for; on a GPU one, in this process."""
+    if jobs == 1:
+        return 1
+    from wantrt.engines.apart import builds_in_place
+
+    if not builds_in_place():
+        return jobs
+    log.info("plans are compiled one at a time: this machine's GPU times their kernels")
+    return 1
 
 
 def _origin(root: Path) -> str | None:
@@ -528,17 +546,6 @@ def _with_fastest_plans(
         undecided,
         decide=lambda progress: take([t.recall() or t.run(progress) for t in trials]),
     )
-
-
-def _numbered(pieces: Sequence[Piece]) -> Iterator[tuple[str, Piece]]:
-    """Each piece with what to call it: "plan 7 of 23 · dit_stack 832x480x81"."""
-    totals = Counter(piece.kind for piece in pieces)
-    seen: Counter[str] = Counter()
-    for piece in pieces:
-        seen[piece.kind] += 1
-        what = piece.name.removeprefix(piece.kind).strip()
-        count = f"{piece.kind} {seen[piece.kind]} of {totals[piece.kind]}"
-        yield f"{count} · {what}" if what else piece.kind, piece
 
 
 def _graph_piece(component: Component, key: str, graph: str) -> Piece:

@@ -9,8 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -57,6 +60,9 @@ class Built:
     seconds: float
     files: dict[str, FileRecord]
     mtimes: dict[str, int]
+
+
+Made = tuple[str, Built]  # the name of a piece, and how it was made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,15 +174,68 @@ def _is_unchanged(path: Path, name: str, built: Built) -> bool:
     return (status.st_size, status.st_mtime_ns) == (built.files[name].size, built.mtimes[name])
 
 
-def make(root: Path, piece: Piece, progress: Progress, label: str) -> Built:
-    """Make a piece; what it reports appears as `label`."""
+def make(root: Path, pieces: Sequence[Piece], progress: Progress, jobs: int = 1) -> Iterator[Made]:
+    """Make pieces in their order, plans last, of which `jobs` at once: each when it is finished.
+
+    What a piece reports appears under its number and name. If one fails, or whoever asked for them
+    does not go on, the others stop.
+    """
+    last = [(label, piece) for label, piece in _numbered(pieces) if piece.kind == "plan"]
+    if jobs == 1 or len(last) < 2:
+        for label, piece in _numbered(pieces):
+            yield _record(root, piece, _write(root, piece, progress, label), progress)
+        return
+    yield from make(root, [piece for piece in pieces if piece.kind != "plan"], progress)
+    stopped = False
+
+    def report(what: str, done: int, total: int) -> None:
+        with lock:
+            if stopped:
+                raise KeyboardInterrupt
+            progress(what, done, total)
+
+    lock = threading.Lock()
+    with ThreadPoolExecutor(jobs) as threads:
+        written = {threads.submit(_write, root, piece, report, name): piece for name, piece in last}
+        try:
+            for future in as_completed(written):
+                yield _record(root, written[future], future.result(), report)
+        except BaseException:
+            from wantrt.engines.apart import stop_compilers
+
+            stopped = True
+            threads.shutdown(wait=False, cancel_futures=True)
+            stop_compilers()
+            raise
+
+
+def _numbered(pieces: Sequence[Piece]) -> Iterator[tuple[str, Piece]]:
+    """Each piece with what to call it: "plan 7 of 23 · dit_stack 832x480x81"."""
+    totals = Counter(piece.kind for piece in pieces)
+    seen: Counter[str] = Counter()
+    for piece in pieces:
+        seen[piece.kind] += 1
+        what = piece.name.removeprefix(piece.kind).strip()
+        count = f"{piece.kind} {seen[piece.kind]} of {totals[piece.kind]}"
+        yield f"{count} · {what}" if what else piece.kind, piece
+
+
+def _write(root: Path, piece: Piece, progress: Progress, label: str) -> tuple[list[Path], float]:
+    """The files of a piece, and the seconds they took."""
     start = time.perf_counter()
     progress(label, 0, 1)
     paths = piece.make(root, lambda what, done, total: progress(label, done, total))
+    return paths, time.perf_counter() - start
+
+
+def _record(
+    root: Path, piece: Piece, written: tuple[list[Path], float], progress: Progress
+) -> Made:
+    paths, seconds = written
     names = [path.relative_to(root).as_posix() for path in paths]
-    return Built(
+    return piece.name, Built(
         key=piece.key,
-        seconds=round(time.perf_counter() - start, 3),
+        seconds=round(seconds, 3),
         files={name: describe_file(root / name, progress) for name in names},
         mtimes={name: (root / name).stat().st_mtime_ns for name in names},
     )
@@ -200,7 +259,9 @@ def remove_strangers(root: Path, pieces: Mapping[str, Built]) -> None:
                 path.unlink()
 
 
-def check_room(root: Path, missing: Sequence[Piece], temporary_bytes: int = 0) -> None:
+def check_room(
+    root: Path, missing: Sequence[Piece], temporary_bytes: int = 0, jobs: int = 1
+) -> None:
     """Raises BuildError, with the numbers, if disk or memory is too small for what is missing."""
     if not missing:
         return
@@ -216,13 +277,16 @@ def check_room(root: Path, missing: Sequence[Piece], temporary_bytes: int = 0) -
             ) from error
         if cache.stat().st_dev != root.stat().st_dev:  # else both have one file
             _check_disk(cache, plans, "XDG_CACHE_HOME")
-    largest = max(missing, key=lambda piece: piece.memory)
-    available = available_memory()
-    if largest.memory > available:
+    largest = sorted(missing, key=lambda piece: piece.memory, reverse=True)[:jobs]
+    needed, available = sum(piece.memory for piece in largest), available_memory()
+    if needed > available:
+        names, fewer = " and ".join(piece.name for piece in largest), ""
+        if len(largest) > 1:
+            names, fewer = f"{names} at once", "fewer --jobs, "
         raise BuildError(
-            f"{largest.name} takes about {largest.memory / 2**30:.1f} GiB of memory to build, and "
-            f"{available / 2**30:.1f} GiB are available. Close other programs, or take a smaller "
-            "--stack, or --weights bound."
+            f"to build {names} takes about {needed / 2**30:.1f} GiB of memory, and "
+            f"{available / 2**30:.1f} GiB are available. Close other programs, or take {fewer}a "
+            "smaller --stack, or --weights bound."
         )
     _check_gpu(max(missing, key=lambda piece: piece.gpu_memory))
 

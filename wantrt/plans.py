@@ -8,6 +8,7 @@ plan cache, whose keys hold the bytes themselves: bundles share plans, fine-tune
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,13 +152,15 @@ class PreparedWeights:
         self._checkpoint, self._precision = checkpoint, precision
         self._with_weights = with_weights
         self._open: dict[str, StoredTensors] = {}
+        self._lock = threading.Lock()  # plans may be made at once
 
     def read(
         self, root: Path, part: str, names: Mapping[str, str], progress: Progress
     ) -> Mapping[str, Tensor]:
         """names: parameter -> prepared tensor, an instance of a component."""
-        if part not in self._open:
-            self._open[part] = SafetensorsFiles(self._files(root, part, progress))
+        with self._lock:
+            if part not in self._open:
+                self._open[part] = SafetensorsFiles(self._files(root, part, progress))
         return Renamed(self._open[part], names)
 
     def _files(self, root: Path, part: str, progress: Progress) -> list[Path]:

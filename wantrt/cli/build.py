@@ -74,6 +74,14 @@ def parse_count(text: str) -> int:
     "--stack", type=int, metavar="N", help="Transformer blocks a run. [default: up to 10]"
 )
 @click.option("--no-weights", is_flag=True, help="Graphs and plans only.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Plans compiled at once, each in about 1 GiB of memory; on a GPU one.",
+)
 @click.option("--check", is_flag=True, help="Hash what is there; rebuild what is damaged.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and write nothing.")
 @click.option(
@@ -114,7 +122,7 @@ def parse_count(text: str) -> int:
 @click.option("--dynamic", is_flag=True, help="Plans: one for all sizes, not one for each.")
 @click.option("--tf32", is_flag=True, help="Plans: allow TF32 for what is float32.")
 def build(
-    console: Console, check: bool, dry_run: bool, no_weights: bool, **asked: Any
+    console: Console, jobs: int, check: bool, dry_run: bool, no_weights: bool, **asked: Any
 ) -> int | None:
     """Prepare weights, export graphs and compile TensorRT plans into a bundle.
 
@@ -142,7 +150,7 @@ def build(
     before = read_log(plan.out)
     try:
         with console.progress() as progress:
-            bundle = plan.run(check=check, progress=progress, receipt=receipt)
+            bundle = plan.run(check=check, jobs=jobs, progress=progress, receipt=receipt)
     except KeyboardInterrupt:
         console.say("wantrt: stopped; the same command goes on where it stopped")
         return INTERRUPTED
