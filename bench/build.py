@@ -6,6 +6,7 @@
     wantrt bench build --variant all --all-sizes --checkpoint random:0 --no-weights
         --runtime tensorrt-rtx --target sm89,sm120
     wantrt bench build --variant 1.3B --checkpoint random:0 --weights bound,baked --no-weights ...
+    wantrt bench build --variant 14B --checkpoint random:0 --jobs 1,2 --no-weights ...
 
 `wantrt build` runs in a process of its own, with an empty folder and an empty plan cache: `first`.
 Then the same once more, which has nothing to do: `again`. Then, with --changed, one number of the
@@ -14,8 +15,8 @@ stays with its checkpoint) with the same cache: `changed`. For that, generated w
 into files.
 Seconds are of the whole process, the interpreter's start included. Memory is that of the process
 and all its children together, sampled every 20 ms: resident pages, of which those of mapped files
-can be dropped, and anonymous ones, which cannot. Below each build stand its components. A build
-makes one piece after the other: there is no number of jobs to compare.
+can be dropped, and anonymous ones, which cannot. Below each build stand its components. Of several
+--jobs, each number of plans compiled at once has a build of its own.
 """
 
 import json
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +84,13 @@ class Case:
     frames: tuple[int, ...] | None = None
     targets: tuple[str, ...] | None = None
     weights: str | None = None
+    jobs: int | None = None
 
     def plan(self, out: Path) -> Build:
         """What would be built; nothing is written. Raises what `plan_build` raises."""
-        return plan_build(**(vars(self) | {"weights": self.weights or "auto", "out": out}))
+        asked = vars(self) | {"weights": self.weights or "auto", "out": out}
+        del asked["jobs"]
+        return plan_build(**asked)
 
     def arguments(self, out: Path) -> list[str]:
         """Of `wantrt build`."""
@@ -99,6 +104,7 @@ class Case:
             "--frames": ",".join(map(str, self.frames or ())),
             "--target": ",".join(self.targets or ()),
             "--weights": self.weights,
+            "--jobs": str(self.jobs or ""),
             "--out": str(out),
         }
         told = [part for option, value in given.items() if value for part in (option, value)]
@@ -198,6 +204,7 @@ def rows_of(name: str, case: Case, what: str, built: BuildRun) -> Iterator[Row]:
         "what": what,
         "variant": case.variant,
         "weights": case.weights,
+        "jobs": case.jobs,
         "build_s": round(built.seconds, 3),
         **built.peaks,
         "pieces": len(built.pieces),
@@ -207,7 +214,7 @@ def rows_of(name: str, case: Case, what: str, built: BuildRun) -> Iterator[Row]:
         row[f"{key}_s"] = round(sum(p.seconds for p in of_kind(built.pieces, kind).values()), 3)
         row[f"{key}_bytes"] = sum(map(size_of, of_kind(built.everything, kind).values()))
     yield row
-    peaks = plan_peaks(built)
+    peaks = plan_peaks(built) if case.jobs == 1 else {}  # else they begin in no known order
     for kind in KINDS:
         parts: dict[str, dict[str, Built]] = {}
         for piece, made in of_kind(built.pieces, kind).items():
@@ -278,17 +285,21 @@ def change_a_weight(folder: Path) -> None:
 
 
 def make_cases(
-    variants: Sequence[str], ways: Sequence[str], all_sizes: bool, given: Mapping[str, Any]
+    variants: Sequence[str],
+    ways: Sequence[str],
+    jobs: Sequence[int | None],
+    all_sizes: bool,
+    given: Mapping[str, Any],
 ) -> dict[str, Case]:
     """Cases by their names. ways: of --weights, or none."""
     found = {}
-    for asked in variants:
+    for asked, way, count in product(variants, ways or (None,), jobs):
         variant = find_variant(asked)
-        for way in ways or (None,):
-            case = Case(variant=variant.name, weights=way, **given)
-            if all_sizes:
-                case = replace(case, sizes=tuple(variant.sizes))
-            found[" ".join(filter(None, (variant.name, way)))] = case
+        case = Case(variant=variant.name, weights=way, jobs=count, **given)
+        if all_sizes:
+            case = replace(case, sizes=tuple(variant.sizes))
+        how = f"jobs {count}" if len(jobs) > 1 else None
+        found[" ".join(filter(None, (variant.name, way, how)))] = case
     return found
 
 
@@ -345,6 +356,12 @@ def stored_bytes(plan: Build) -> int:
     help="Of plans: each of them is built. [default: bound]",
 )
 @click.option(
+    "--jobs",
+    metavar="N,…",
+    callback=list_of(int),
+    help="Plans compiled at once: with each of these. [default: one a core]",
+)
+@click.option(
     "--changed/--no-changed",
     default=None,
     help="Also after a change of one weight. [default: where the checkpoint has files]",
@@ -361,6 +378,7 @@ def command(
     no_weights: bool,
     all_sizes: bool,
     ways: Sequence[str] | None,
+    jobs: Sequence[int] | None,
     changed: bool | None,
     scratch: Path | None,
     out: Path,
@@ -370,9 +388,12 @@ def command(
     """Compiling bundles: time, memory, bytes; again; after one weight has changed."""
     if all_sizes and given["sizes"]:
         raise BenchError("--all-sizes and --size are one too many; take one of them")
+    if jobs and min(jobs) < 1:
+        raise BenchError(f"--jobs {min(jobs)}: use 1 or more")
     cases = make_cases(
         ALL if list(variants) == ["all"] else variants,
         ways or (),
+        jobs or [None],
         all_sizes,
         {"with_weights": not no_weights, **given},
     )

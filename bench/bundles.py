@@ -21,7 +21,7 @@ from wantrt.config import SHIPPED, Size, Variant, find_variant
 from wantrt.errors import SettingsError
 from wantrt.folder import Progress, cache_folder
 from wantrt.linked import refuse_other_names
-from wantrt.runtime.loading import choose_for, choose_runtime
+from wantrt.runtime.loading import RUNTIMES, choose_for, choose_runtime
 from wantrt.session import PRECISIONS
 
 refuse_other_names(__spec__)
@@ -78,6 +78,9 @@ def choose_bundle(
         given = {"--variant": variant, "--checkpoint": checkpoint, "--precision": precision}
         if extra := [name for name, value in given.items() if value is not None]:
             raise SettingsError(f"--bundle is built already; leave out {' and '.join(extra)}")
+    for runtime in runtimes if precision else ():
+        if runtime in RUNTIMES:
+            choose_precision(runtime, precision)
     chosen = [choose_runtime(runtime, (precision,) if precision else ()) for runtime in runtimes]
     first, asked = chosen[0], str(bundle or variant or "nano")
     if asked in SHIPPED and not (bundle or checkpoint or precision or first.compiled):

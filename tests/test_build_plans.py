@@ -421,6 +421,11 @@ def test_too_little_memory_is_found_before_the_work(
         planned(tmp_path / "b").run(jobs=2)
     with pytest.raises(SettingsError, match="jobs is 0"):
         planned(tmp_path / "b").run(jobs=0)
+    plans = planned(tmp_path / "b").pieces
+    for available, jobs in ((2**40, 4), (int(3.5 * 2**30), 3), (2**29, 1)):
+        monkeypatch.setattr(pieces, "available_memory", lambda size=available: size)
+        monkeypatch.setattr(pieces.os, "sched_getaffinity", lambda _: range(4))
+        assert pieces.fitting_jobs(plans) == jobs
     assert not list((tmp_path / "b").iterdir())
 
 

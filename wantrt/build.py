@@ -46,6 +46,7 @@ from wantrt.pieces import (
     Piece,
     Shape,
     check_room,
+    fitting_jobs,
     forget,
     is_sound,
     is_there,
@@ -98,13 +99,14 @@ class Build:
         *,
         check: bool = False,
         wait: bool = False,
-        jobs: int = 1,
+        jobs: int | None = None,
         progress: Progress = silent,
         receipt: str | None = None,
     ) -> Bundle:
         """Build what is missing. With `check`, hash what is there and rebuild what is damaged.
 
-        jobs: plans compiled at once; where there is a GPU it is one, whose kernels are timed alone.
+        jobs: plans compiled at once; None is one a core, as far as memory allows. Where a GPU times
+        kernels it is one in any case.
         receipt: see wantrt/receipt.py. Raises BuildError: the folder holds something else, is being
         built by another process (unless `wait`), cannot be written, disk or memory is too small, or
         TensorRT does not build a plan. Ctrl-C ends it between two pieces, and within a plan.
@@ -114,19 +116,21 @@ class Build:
             return decided.run(
                 check=check, wait=wait, jobs=jobs, progress=progress, receipt=receipt
             )
-        if jobs < 1:
+        if jobs is not None and jobs < 1:
             raise SettingsError(f"jobs is {jobs}; use 1 or more")
         self._refuse_strangers()
         with locked(self.out, wait):
             try:
-                return self._run(check, _jobs_here(jobs), progress, receipt)
+                return self._run(check, jobs, progress, receipt)
             except OSError as error:
                 raise BuildError(f"cannot write into {self.out}: {error}") from error
             finally:
                 if self.to_bake:
                     self.to_bake.close(self.out)
 
-    def _run(self, check: bool, jobs: int, progress: Progress, receipt: str | None) -> Bundle:
+    def _run(
+        self, check: bool, jobs: int | None, progress: Progress, receipt: str | None
+    ) -> Bundle:
         log = read_log(self.out)
         before = log.pieces if log else {}
         built = {
@@ -138,6 +142,7 @@ class Build:
         missing = [piece for piece in self.pieces if piece.name not in built]
         baked = {piece.bakes for piece in missing if piece.bakes}
         temporary = self.to_bake.temporary_bytes(baked) if self.to_bake else 0
+        jobs = _choose_jobs(jobs, missing)
         check_room(self.out, missing, temporary, jobs)
         if missing:
             (self.out / MANIFEST).unlink(missing_ok=True)
@@ -223,16 +228,17 @@ class Build:
             )
 
 
-def _jobs_here(jobs: int) -> int:
-    """As many plans at once as were asked for; on a GPU one, in this process."""
-    if jobs == 1:
+def _choose_jobs(asked: int | None, missing: Sequence[Piece]) -> int:
+    """How many plans are compiled at once."""
+    if not any(piece.kind == "plan" for piece in missing) or asked == 1:
         return 1
     from wantrt.engines.apart import builds_in_place
 
-    if not builds_in_place():
-        return jobs
-    log.info("plans are compiled one at a time: this machine's GPU times their kernels")
-    return 1
+    if builds_in_place():
+        if asked is not None:
+            log.info("plans are compiled one at a time: this machine's GPU times their kernels")
+        return 1
+    return asked or fitting_jobs(missing)
 
 
 def _origin(root: Path) -> str | None:

@@ -57,7 +57,9 @@ def read_prompts(path: Path) -> list[Job | SettingsError]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read prompts from {path}: {error}") from error
+        raise SettingsError(
+            f"cannot read prompts from {path}: {getattr(error, 'strerror', error)}"
+        ) from error
     jobs: list[Job | SettingsError] = []
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -277,7 +277,7 @@ def check_room(
             ) from error
         if cache.stat().st_dev != root.stat().st_dev:  # else both have one file
             _check_disk(cache, plans, "XDG_CACHE_HOME")
-    largest = sorted(missing, key=lambda piece: piece.memory, reverse=True)[:jobs]
+    largest = _largest(missing, jobs)
     needed, available = sum(piece.memory for piece in largest), available_memory()
     if needed > available:
         names, fewer = " and ".join(piece.name for piece in largest), ""
@@ -289,6 +289,20 @@ def check_room(
             "smaller --stack, or --weights bound."
         )
     _check_gpu(max(missing, key=lambda piece: piece.gpu_memory))
+
+
+def fitting_jobs(missing: Sequence[Piece]) -> int:
+    """One a core, as far as the memory allows that the largest pieces take together."""
+    available = available_memory()
+    for jobs in range(len(os.sched_getaffinity(0)), 1, -1):
+        if sum(piece.memory for piece in _largest(missing, jobs)) <= available:
+            return jobs
+    return 1
+
+
+def _largest(pieces: Sequence[Piece], count: int) -> list[Piece]:
+    """Those that take the most memory."""
+    return sorted(pieces, key=lambda piece: piece.memory, reverse=True)[:count]
 
 
 def _check_disk(folder: Path, nbytes: int, setting: str) -> None:

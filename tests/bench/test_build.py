@@ -28,7 +28,7 @@ from wantrt.errors import BenchError
 from wantrt.manifest import FileRecord
 from wantrt.pieces import Built
 
-SMALL = Case(variant="t2v-1.3b", checkpoint=f"random:0{TINY}", runtime="onnxruntime")
+SMALL = Case(variant="t2v-1.3b", checkpoint=f"random:0{TINY}", runtime="onnxruntime", jobs=1)
 
 
 @pytest.fixture
@@ -134,19 +134,28 @@ def test_one_number_changes_in_a_copy(tmp_path):
 
 
 def test_cases_of_all_released_variants():
-    cases = make_cases(ALL, ("bound", "baked"), True, {"checkpoint": "random:0"})
+    cases = make_cases(ALL, ("bound", "baked"), [None], True, {"checkpoint": "random:0"})
     assert set(ALL) == set(VARIANTS) - {*SHIPPED, "s2v-14b", "animate-14b"}
     assert len(cases) == 2 * len(ALL)
     assert cases["ti2v-5b baked"].sizes == ((1280, 704), (704, 1280))
     arguments = cases["vace-1.3b bound"].arguments(Path("x"))
     assert arguments[arguments.index("--size") + 1] == "832x480,480x832"
     assert arguments[arguments.index("--weights") + 1] == "bound"
+    assert "--jobs" not in arguments
+
+
+def test_each_number_of_jobs_is_a_case():
+    cases = make_cases(["nano"], (), [1, 2], False, {})
+    assert {name: case.jobs for name, case in cases.items()} == {"nano jobs 1": 1, "nano jobs 2": 2}
+    arguments = cases["nano jobs 2"].arguments(Path("x"))
+    assert arguments[arguments.index("--jobs") + 1] == "2"
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["--variant", "3B"], "unknown variant"),
+        (["--jobs", "0"], "--jobs 0: use 1 or more"),
         (["--variant", "nano,1.3B", "--checkpoint", "random:0", "--runtime", "tpu"], "tpu"),
         (["--size", "64x64", "--runtime", "onnxruntime"], "for TensorRT plans alone"),
         (["--size", "64x64", "--all-sizes"], "take one of them"),

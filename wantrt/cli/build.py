@@ -77,10 +77,8 @@ def parse_count(text: str) -> int:
 @click.option(
     "--jobs",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
     metavar="N",
-    help="Plans compiled at once, each in about 1 GiB of memory; on a GPU one.",
+    help="Plans compiled at once. [default: one a core, as far as memory allows; on a GPU 1]",
 )
 @click.option("--check", is_flag=True, help="Hash what is there; rebuild what is damaged.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and write nothing.")
@@ -122,7 +120,7 @@ def parse_count(text: str) -> int:
 @click.option("--dynamic", is_flag=True, help="Plans: one for all sizes, not one for each.")
 @click.option("--tf32", is_flag=True, help="Plans: allow TF32 for what is float32.")
 def build(
-    console: Console, jobs: int, check: bool, dry_run: bool, no_weights: bool, **asked: Any
+    console: Console, jobs: int | None, check: bool, dry_run: bool, no_weights: bool, **asked: Any
 ) -> int | None:
     """Prepare weights, export graphs and compile TensorRT plans into a bundle.
 
