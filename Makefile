@@ -44,8 +44,10 @@ $(VENV)/.stamp-dev: $(INPUTS)
 
 # A bare machine with a GPU: its own python3 with torch, Triton, pytest, safetensors and numpy. The
 # pieces are in order of importance and take at most ten minutes each; `make gpu-1` runs one alone.
-# First tests, then measurements, which write bench-results/*.json.
-GPU_PIECES := 1 2 3 4 5 6
+# First tests, then measurements, which write into bench-results/. The last two measure whole models
+# of generated weights with `wantrt bench`, whose packages that python3 must have too (pip install
+# '.[bench]'); 14B takes some 50 GB of the GPU's memory.
+GPU_PIECES := 1 2 3 4 5 6 7 8
 GPU_1 := tests/gpu/test_runtime_on_gpu.py
 GPU_2 := tests/kernels tests/bench/test_on_kernels.py
 GPU_3 := tests/gpu
@@ -57,6 +59,22 @@ gpu:
 	@failed=; for piece in $(GPU_PIECES); do \
 		$(MAKE) --no-print-directory gpu-$$piece || failed="$$failed $$piece"; done; \
 	test -z "$$failed" || { echo "failed pieces:$$failed"; exit 1; }
+
+WANTRT_BENCH := PYTHONPATH=. timeout 300 python3 -m wantrt.cli bench
+LATENCY := latency --checkpoint random:0 --runtime torch --precision bf16 --frames 81
+COMPARE := compare --runtime torch --precision bf16 --frames 81 --size 832x480 --warmup 2 --runs 5
+
+gpu-7:
+	$(WANTRT_BENCH) $(LATENCY) --variant 14B --size 832x480 --steps 3 --warmup 1 --runs 2 \
+		--out bench-results/14b-480p
+	$(WANTRT_BENCH) $(LATENCY) --variant 1.3B --size 832x480 --steps 5 --out bench-results/1.3b-480p
+	$(WANTRT_BENCH) $(LATENCY) --variant 14B --size 1280x720 --steps 1 --warmup 1 --runs 1 \
+		--out bench-results/14b-720p
+
+gpu-8:
+	$(WANTRT_BENCH) $(COMPARE) --scope dit --variant 14B --blocks 4 --out bench-results/14b
+	$(WANTRT_BENCH) $(COMPARE) --scope dit --variant 1.3B --blocks 10 --out bench-results/1.3b
+	$(WANTRT_BENCH) $(COMPARE) --scope vae --out bench-results/vae
 
 gpu-%:
 	PYTHONPATH=. timeout 600 python3 -m $(if $(GPU_$*),pytest -m gpu $(GPU_$*),wantrt.bench.$(BENCH_$*))

@@ -5,19 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from tests.test_layout import ABSENT_ON_THE_GPU_MACHINE
+from wantrt.cli.bench import bench
 
 ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
+SUITE = ("7", "8")  # whose commands are those of `wantrt bench`
 PIECES = dict(re.findall(r"^BENCH_(\d+) := (\S+)$", MAKEFILE, re.MULTILINE))
 
 
 def test_tests_come_before_measurements():
     numbers = re.search(r"^GPU_PIECES := (.*)$", MAKEFILE, re.MULTILINE)[1].split()
     tests = re.findall(r"^GPU_(\d+) := ", MAKEFILE, re.MULTILINE)
-    assert numbers == [*tests, *PIECES]
+    assert numbers == [*tests, *PIECES, *SUITE]
     assert set(PIECES.values()) >= {"kernels", "block"}
 
 
@@ -45,3 +48,21 @@ def test_make_runs_it(number, name):
         check=True,
     )
     assert told.stdout.split()[-3:] == ["python3", "-m", f"wantrt.bench.{name}"]
+
+
+@pytest.mark.parametrize("number", SUITE)
+def test_make_says_what_wantrt_bench_takes(number):
+    told = subprocess.run(
+        ["make", "--no-print-directory", "-n", f"gpu-{number}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    commands = told.stdout.replace("\\\n", " ").splitlines()
+    assert commands
+    for line in commands:
+        _, _, arguments = line.partition("-m wantrt.cli bench ")
+        name, *options = arguments.split()
+        command = bench.get_command(click.Context(bench), name)
+        assert command.make_context(name, options).params["out"].parts[0] == "bench-results"
