@@ -25,7 +25,7 @@ from typing import Any
 import click
 import torch
 
-from wantrt.bench.floor import decode_cost, step_cost, total
+from wantrt.bench.floor import Cost, decode_cost, step_cost, total
 from wantrt.bench.generated import generated
 from wantrt.bench.options import RESULT, SEED, options, repeats
 from wantrt.bench.peers.base import PEERS, Done, Engine, Loaded, Peer, Work, find_peer
@@ -216,8 +216,8 @@ def build_ours(work: Work, runtimes: Sequence[str], folder: Path) -> list[Ours]:
     return found
 
 
-def floor_of(setup: Setup, variant: Variant, precision: str, rates: Rates) -> float:
-    """Seconds; of a whole video without its text encoder, whose cost the prompt decides."""
+def cost_of(setup: Setup, variant: Variant, precision: str) -> Cost:
+    """Of a whole video without its text encoder, whose cost the prompt decides."""
     dtype, (expert,) = PRECISIONS[precision], variant.experts
     size, frames = setup.size, setup.num_frames
     if setup.scope == "dit":
@@ -229,7 +229,7 @@ def floor_of(setup: Setup, variant: Variant, precision: str, rates: Rates) -> fl
         guided = setup.guidance_scale != 1.0
         step = step_cost(variant, expert.name, size, frames, guided, dtype)
         cost = cost + step * setup.num_inference_steps
-    return cost.seconds(rates)
+    return cost
 
 
 @dataclass
@@ -250,7 +250,8 @@ def measure(
     *,
     warmup: int,
     runs: int,
-    floor_s: float,
+    cost: Cost,
+    rates: Rates,
 ) -> Iterator[Row]:
     """A row for each engine; after an interruption, of the rounds that are whole.
 
@@ -292,9 +293,9 @@ def measure(
                 if index > warmup:
                     done.append(found)
         except (Exception, KeyboardInterrupt):
-            yield from rows_of(scope, entries, done, floor_s)
+            yield from rows_of(scope, entries, done, cost, rates)
             raise
-        yield from rows_of(scope, entries, done, floor_s)
+        yield from rows_of(scope, entries, done, cost, rates)
     if refused:
         raise BenchError(
             f"outputs differ from those of {its_name}: {'; '.join(refused)} (at most "
@@ -303,11 +304,15 @@ def measure(
 
 
 def rows_of(
-    scope: str, entries: Sequence[Entry], done: Sequence[Sequence[Done]], floor_s: float
+    scope: str,
+    entries: Sequence[Entry],
+    done: Sequence[Sequence[Done]],
+    cost: Cost,
+    rates: Rates,
 ) -> Iterator[Row]:
     if not done:
         return
-    base = [found[0].seconds for found in done]
+    base, floor_s = [found[0].seconds for found in done], cost.seconds(rates)
     for index, entry in enumerate(entries):
         mine = [found[index] for found in done]
         seconds = [one.seconds for one in mine]
@@ -319,6 +324,8 @@ def rows_of(
             "seconds": found,
             "floor_s": floor_s,
             "floor_fraction": floor_s / found["median"],
+            "flops": cost.flops,
+            "weight_bytes": cost.weight_bytes,
             "parity": entry.parity,
         }
         if index:
@@ -375,9 +382,9 @@ def measure_all(
         with tempfile.TemporaryDirectory(prefix="wantrt-compare-") as folder:
             work = prepare(setup, precision, device, Path(folder) / "checkpoint")
             ours = build_ours(work, runtimes, Path(folder))
-            floor_s = floor_of(setup, work.variant, precision, rates)
+            cost = cost_of(setup, work.variant, precision)
             yield from measure(
-                setup.scope, work, ours, peers, warmup=warmup, runs=runs, floor_s=floor_s
+                *(setup.scope, work, ours, peers), warmup=warmup, runs=runs, cost=cost, rates=rates
             )
 
 

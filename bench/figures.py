@@ -239,7 +239,8 @@ def roofline(result: Result) -> Figure | None:
 
 def main_seconds(row: Row) -> float | None:
     """The time that a row's FLOPs belong to."""
-    for key, scale in (("step_ms", 1e-3), ("median_ms", 1e-3), ("ms", 1e-3), ("seconds", 1.0)):
+    milliseconds = dict.fromkeys(("step_ms", "chunk_ms", "median_ms", "ms"), 1e-3)
+    for key, scale in {"seconds": 1.0, **milliseconds}.items():
         if (found := value(row, key)) is not None:
             return found * scale
     return None
@@ -348,6 +349,7 @@ FIGURES: dict[str, tuple[Draw, ...]] = {
         growth("Memory over tokens", "peak, GPU", "peak_gpu_bytes"),
         growth("Memory over tokens", "peak, host", "peak_rss_bytes"),
         floor,
+        roofline,
     ),
     "startup": (
         stacked("From a fresh process to the first video", STARTUP, "to_first_video_s"),

@@ -163,7 +163,8 @@ def denoise_costs(bundle: Bundle, settings: Settings) -> list[Cost]:
 def floor_row(bundle: Bundle, settings: Settings, rates: Rates, measured: Row) -> Row:
     """Floors of denoising, decoding and both, and how much of what was `measured` they are.
 
-    Text and source are not in the floor of the whole: they are short, and it stays a floor.
+    flops, weight_bytes: of a step. Text and source are not in the floor of the whole: they are
+    short, and it stays a floor.
     """
     variant = bundle.variant
     steps = denoise_costs(bundle, settings)
@@ -171,7 +172,11 @@ def floor_row(bundle: Bundle, settings: Settings, rates: Rates, measured: Row) -
     decode = decode_cost(variant, settings.size, settings.num_frames, dtype)
     denoise_s, decode_s = sum(step.seconds(rates) for step in steps), decode.seconds(rates)
     floors = {"denoise": denoise_s, "vae_decode": decode_s, "e2e": denoise_s + decode_s}
-    row: Row = {"step_floor_ms": denoise_s / len(steps) * 1e3}
+    row: Row = {
+        "step_floor_ms": denoise_s / len(steps) * 1e3,
+        "flops": sum(step.flops for step in steps) / len(steps),
+        "weight_bytes": sum(step.weight_bytes for step in steps) / len(steps),
+    }
     for name, seconds in floors.items():
         row[f"{name}_floor_s"] = seconds
         row[f"{name}_floor_fraction"] = seconds / measured[f"{name}_s"]["median"]

@@ -175,6 +175,8 @@ def measure_case(pipe: Pipeline, case: Case, rates: Rates, warmup: int, runs: in
         "step_ms": step_ms,
         "floor_ms": floors["step_floor_ms"],
         "floor_fraction": floors["step_floor_ms"] / step_ms["median"],
+        "flops": floors["flops"],
+        "weight_bytes": floors["weight_bytes"],
         **seconds,
         "vae_decode_floor_s": floors["vae_decode_floor_s"],
         "vae_decode_floor_fraction": floors["vae_decode_floor_fraction"],

@@ -12,10 +12,12 @@ from tests.bench.commands import ran, refusal
 from tests.small import small_checkpoint
 from wantrt.bench import compare
 from wantrt.bench.compare import build_ours, measure, set_up
+from wantrt.bench.floor import Cost
 from wantrt.bench.peers import base
 from wantrt.bench.peers.base import Done, Loaded, Work, find_peer
 from wantrt.bench.peers.diffusers_compiled import DiffusersCompiled
 from wantrt.bench.peers.diffusers_eager import DiffusersEager
+from wantrt.bench.rates import Rates
 from wantrt.checkpoints import open_checkpoint
 from wantrt.errors import BenchError, SettingsError
 
@@ -74,7 +76,8 @@ def rows_of(ours, peers, scope="vae", work=None, runs=3, warmup=1):
         [(peer, None) for peer in peers],
         warmup=warmup,
         runs=runs,
-        floor_s=0.5,
+        cost=Cost(matrix_flops=500),
+        rates=Rates(matrix=1000.0, attention=1.0, copy=1.0),
     )
 
 
