@@ -44,40 +44,33 @@ $(VENV)/.stamp-dev: $(INPUTS)
 
 # A bare machine with a GPU: its own python3 with torch, Triton, pytest, safetensors and numpy. The
 # pieces are in order of importance and take at most ten minutes each; `make gpu-1` runs one alone.
-# First tests, then measurements, which write into bench-results/. The last two measure whole models
-# of generated weights with `wantrt bench`, whose packages that python3 must have too (pip install
-# '.[bench]'); 14B takes some 50 GB of the GPU's memory.
-GPU_PIECES := 1 2 3 4 5 6 7 8
+# First tests, then measurements, which write into bench-results/. From 7 on whole models
+# of generated weights are measured by `wantrt bench`, whose packages that python3 must have too (pip
+# install '.[bench]'); 14B takes some 50 GB of the GPU's memory. What is interrupted keeps its rows.
+GPU_PIECES := 1 2 3 4 5 6 7 8 9 10 11 12
 GPU_1 := tests/gpu/test_runtime_on_gpu.py
 GPU_2 := tests/kernels tests/bench/test_on_kernels.py
 GPU_3 := tests/gpu
 BENCH_4 := kernels
 BENCH_5 := block
 BENCH_6 := gpu_runtime
+FULL := --checkpoint random:0 --runtime torch --precision bf16 --frames 81
+SUITE_7 := latency $(FULL) --variant 14B --size 832x480 --steps 3 --runs 2 --out bench-results/14b-480p
+SUITE_8 := latency $(FULL) --variant 1.3B --size 832x480 --steps 5 --out bench-results/1.3b-480p
+SUITE_9 := latency $(FULL) --variant 14B --size 1280x720 --steps 1 --runs 1 --out bench-results/14b-720p
+BESIDE := --runtime torch --precision bf16 --frames 81 --size 832x480
+SUITE_10 := compare $(BESIDE) --scope dit --variant 14B --blocks 4 --out bench-results/14b
+SUITE_11 := compare $(BESIDE) --scope dit --variant 1.3B --blocks 10 --out bench-results/1.3b
+SUITE_12 := compare $(BESIDE) --scope vae --out bench-results/vae
 
 gpu:
 	@failed=; for piece in $(GPU_PIECES); do \
 		$(MAKE) --no-print-directory gpu-$$piece || failed="$$failed $$piece"; done; \
 	test -z "$$failed" || { echo "failed pieces:$$failed"; exit 1; }
 
-WANTRT_BENCH := PYTHONPATH=. timeout 300 python3 -m wantrt.cli bench
-LATENCY := latency --checkpoint random:0 --runtime torch --precision bf16 --frames 81
-COMPARE := compare --runtime torch --precision bf16 --frames 81 --size 832x480 --warmup 2 --runs 5
-
-gpu-7:
-	$(WANTRT_BENCH) $(LATENCY) --variant 14B --size 832x480 --steps 3 --warmup 1 --runs 2 \
-		--out bench-results/14b-480p
-	$(WANTRT_BENCH) $(LATENCY) --variant 1.3B --size 832x480 --steps 5 --out bench-results/1.3b-480p
-	$(WANTRT_BENCH) $(LATENCY) --variant 14B --size 1280x720 --steps 1 --warmup 1 --runs 1 \
-		--out bench-results/14b-720p
-
-gpu-8:
-	$(WANTRT_BENCH) $(COMPARE) --scope dit --variant 14B --blocks 4 --out bench-results/14b
-	$(WANTRT_BENCH) $(COMPARE) --scope dit --variant 1.3B --blocks 10 --out bench-results/1.3b
-	$(WANTRT_BENCH) $(COMPARE) --scope vae --out bench-results/vae
-
 gpu-%:
-	PYTHONPATH=. timeout 600 python3 -m $(if $(GPU_$*),pytest -m gpu $(GPU_$*),wantrt.bench.$(BENCH_$*))
+	PYTHONPATH=. timeout --foreground --signal INT --kill-after 20 600 python3 -m $(or \
+		$(if $(GPU_$*),pytest -m gpu $(GPU_$*)),$(addprefix wantrt.bench.,$(BENCH_$*)),wantrt.cli bench $(SUITE_$*))
 
 clean:
 	rm -rf $(VENV) build dist outputs .mypy_cache .pytest_cache .ruff_cache

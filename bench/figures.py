@@ -43,6 +43,7 @@ MEMORY = {
     "peak_rss_bytes": ("resident, host", "c1"),
     "peak_anonymous_bytes": ("allocated, host", "c2"),
     "peak_gpu_bytes": ("GPU, by NVML", "c3"),
+    "peak_gpu_device_bytes": ("GPU, all processes", "c3"),
     "peak_allocated_bytes": ("GPU, by torch's allocator", "c4"),
 }
 MOST_NAMES = 6  # beside the points of a plot
@@ -239,8 +240,7 @@ def roofline(result: Result) -> Figure | None:
 
 def main_seconds(row: Row) -> float | None:
     """The time that a row's FLOPs belong to."""
-    milliseconds = dict.fromkeys(("step_ms", "chunk_ms", "median_ms", "ms"), 1e-3)
-    for key, scale in {"seconds": 1.0, **milliseconds}.items():
+    for key, scale in {"seconds": 1.0, "step_ms": 1e-3, "chunk_ms": 1e-3, "text_s": 1.0}.items():
         if (found := value(row, key)) is not None:
             return found * scale
     return None
@@ -250,23 +250,13 @@ def growth(title: str, y_title: str, key: str, floor_key: str | None = None) -> 
     """Something over the number of tokens, both logarithmic, beside the floor's own growth."""
 
     def draw(result: Result) -> Figure | None:
-        groups: dict[str, list[Row]] = {}
-        for row in result.rows:
-            if value(row, "tokens") and value(row, key):
-                groups.setdefault(f"batch {row['batch']}" if "batch" in row else "", []).append(row)
-        series = []
-        for (name, rows), colour in zip(groups.items(), COLOURS * len(groups), strict=False):
-            points = [(value(r, "tokens") or 1.0, value(r, key) or 1.0) for r in rows]
-            if len({tokens for tokens, _ in points}) < 2:
-                continue
-            series.append(Series(name or "measured", points, colour))
-            floors = [(r["tokens"], told) for r in rows if (told := value(r, floor_key or ""))]
-            if floors:
-                series.append(
-                    Series(f"{name} floor".strip(), floors, colour, dots=False, dashed=True)
-                )
-        if not series:
+        rows = [row for row in result.rows if row.get("axis") == "tokens" and value(row, key)]
+        points = [(row["tokens"], value(row, key) or 1.0) for row in rows]
+        if len({tokens for tokens, _ in points}) < 2:
             return None
+        series = [Series("measured", points, "c1")]
+        if floors := [(row["tokens"], row[floor_key]) for row in rows if floor_key in row]:
+            series.append(Series("floor", floors, "c1", dots=False, dashed=True))
         axes = Axis("tokens", log=True), Axis(y_title, key, log=True)
         return Figure(title, plots.plot(series, *axes))
 
@@ -347,6 +337,7 @@ FIGURES: dict[str, tuple[Draw, ...]] = {
     "scaling": (
         growth("Step time over tokens", "milliseconds a step", "step_ms", "floor_ms"),
         growth("Memory over tokens", "peak, GPU", "peak_gpu_bytes"),
+        growth("Memory over tokens", "peak, GPU, all processes", "peak_gpu_device_bytes"),
         growth("Memory over tokens", "peak, host", "peak_rss_bytes"),
         floor,
         roofline,
@@ -388,5 +379,5 @@ FIGURES: dict[str, tuple[Draw, ...]] = {
         memory,
     ),
     "vae": (amounts("A chunk", only(["chunk_ms"])), floor, roofline, memory),
-    "text": (amounts("A prompt", only(["text_s", "encode_s"], "c2")), floor, roofline, memory),
+    "text": (amounts("A prompt", only(["text_s"], "c2")), floor, roofline, memory),
 }

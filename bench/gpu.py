@@ -2,7 +2,7 @@
 
 Contenders are captured as CUDA graphs, so that no launch from Python is timed (the runtime replays
 graphs too), and replayed in turn, so that clocks and heat meet all of them alike. Best rates are
-measured, not looked up: a copy of 1 GiB, and a product of 8192 x 8192 bfloat16 matrices. Data is
+measured, not looked up: a copy of 1 GiB, and a product of 8192 x 8192 matrices. Data is
 random: a GPU multiplies zeros faster.
 """
 
@@ -92,16 +92,6 @@ def time_in_turn(works: Mapping[str, Work], samples: int) -> dict[str, list[floa
     }
 
 
-def summary(times: Sequence[float], unit: str, digits: int) -> Row:
-    """Median, p10 and p90 of times, the unit in the names."""
-    p10, median, p90 = np.percentile(times, (10, 50, 90))
-    return {
-        f"median_{unit}": round(float(median), digits),
-        f"p10_{unit}": round(float(p10), digits),
-        f"p90_{unit}": round(float(p90), digits),
-    }
-
-
 def usable() -> bool:
     """False after a fault on the device: whatever is asked of it then fails."""
     try:
@@ -133,10 +123,10 @@ def copy_bandwidth(samples: int = 20) -> float:
     return 2 * len(sets) * COPY_BYTES / (float(np.median(times)) * 1e-3)
 
 
-def matrix_rate(samples: int = 20) -> float:
-    """FLOP/s of a large bfloat16 product, a multiplication and an addition counted as two."""
+def matrix_rate(dtype: torch.dtype = torch.bfloat16, samples: int = 20) -> float:
+    """FLOP/s of a large product, a multiplication and an addition counted as two."""
     shape = (MATRIX_SIDE, MATRIX_SIDE)
-    a, b, out = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    a, b, out = (torch.randn(shape, dtype=dtype, device="cuda") for _ in range(3))
 
     def work() -> None:
         for _ in range(5):
@@ -165,6 +155,12 @@ def state_under(work: Work) -> Row:
     found = state()
     torch.cuda.synchronize()
     return found
+
+
+def busy_state() -> Row:
+    """The GPU's `state` while it multiplies matrices."""
+    a, out = (torch.randn(2 * (MATRIX_SIDE // 2,), device="cuda").bfloat16() for _ in range(2))
+    return state_under(lambda: torch.matmul(a, a, out=out))
 
 
 def state() -> Row:

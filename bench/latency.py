@@ -70,6 +70,9 @@ TABLE = Table(
         ("p90", number("e2e_s", part="p90")),
         ("floor", number("e2e_floor_fraction", 0, "%", 100)),
         ("MiB", number("peak_rss_bytes", 0, scale=2**-20)),
+        ("GPU GiB", number("peak_gpu_bytes", 1, scale=2**-30)),
+        ("all GPU GiB", number("peak_gpu_device_bytes", 1, scale=2**-30)),
+        ("J", number("energy_j", 0)),
     )
 )
 
@@ -77,14 +80,14 @@ TABLE = Table(
 def measure(
     bundle: Bundle,
     requests: Mapping[str, Settings],
-    rates: Rates,
+    rates: Mapping[str, Rates],
     *,
     residency: str = "resident",
     warmup: int = 2,
     runs: int = 5,
     trust_plans: bool = False,
 ) -> Iterator[Row]:
-    """A row a runtime. requests: runtime -> what is asked of it.
+    """A row a runtime. requests, rates: runtime -> what is asked of it, and its device's rates.
 
     What a runtime has shown when it is interrupted is a row, too.
     """
@@ -101,9 +104,9 @@ def measure(
                     seen.run()
             except (Exception, KeyboardInterrupt):
                 if seen.seconds:
-                    yield seen.row(rates)
+                    yield seen.row(rates[runtime])
                 raise
-            yield seen.row(rates)
+            yield seen.row(rates[runtime])
 
 
 class Seen:
@@ -206,8 +209,8 @@ def command(
     }
     result = start("latency", settings, note)
     dtype = PRECISIONS[loaded.precision[loaded.variant.experts[0].name]]
-    rates = measure_rates(chosen[0].make_device().torch_device, dtype)
-    result.machine["rates"] = asdict(rates)
+    rates = {r.name: measure_rates(r.make_device().torch_device, dtype) for r in chosen}
+    result.machine["rates"] = asdict(rates[chosen[0].name])
     rows = measure(
         loaded,
         requests,

@@ -7,6 +7,7 @@ with as many threads as the measurement, on shapes that favour it.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ refuse_other_names(__spec__)
 CPU_SIDE = 2048  # of the matrices
 CPU_TOKENS, GPU_TOKENS = 4096, 32760
 HEADS, HEAD_DIM = 12, 128
-CPU_SAMPLES = 5
+SAMPLES = 5  # at least
+SAMPLE_S = 1.5  # of samples, on a CPU: its clock and what else runs on it change meanwhile
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,17 @@ class Rates:
     copy: float
 
 
+@cache
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """About two seconds on a GPU, five on a CPU."""
+    """About two seconds on a GPU, six on a CPU, once."""
     if device.type == "cuda":
         rates = Rates(
-            gpu.matrix_rate(), attention_rate(GPU_TOKENS, device, dtype), gpu.copy_bandwidth()
+            gpu.matrix_rate(dtype), attention_rate(GPU_TOKENS, device, dtype), gpu.copy_bandwidth()
         )
         torch.cuda.empty_cache()  # what comes next may allocate by itself, as TensorRT does
         return rates
     a, b = (torch.randn(CPU_SIDE, CPU_SIDE, dtype=dtype) for _ in range(2))
-    source, target = (torch.empty(2**27, dtype=torch.uint8) for _ in range(2))
+    source, target = (torch.ones(2**27, dtype=torch.uint8) for _ in range(2))  # pages of their own
     return Rates(
         2 * CPU_SIDE**3 / fastest(lambda: torch.matmul(a, b)),
         attention_rate(CPU_TOKENS, device, dtype),
@@ -62,15 +65,15 @@ def attention_rate(tokens: int, device: torch.device, dtype: torch.dtype) -> flo
     if device.type != "cuda":
         return flops / fastest(work)
     gpu.settle(work)
-    (times,) = gpu.time_in_turn({"attention": work}, CPU_SAMPLES).values()
+    (times,) = gpu.time_in_turn({"attention": work}, SAMPLES).values()
     return flops / (sorted(times)[len(times) // 2] * 1e-3)
 
 
 def fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs: what the machine can do if nothing disturbs it."""
+    """Seconds of the fastest run: what the machine can do if nothing disturbs it."""
     work()
-    seconds = []
-    for _ in range(CPU_SAMPLES):
+    seconds: list[float] = []
+    while len(seconds) < SAMPLES or sum(seconds) < SAMPLE_S:
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)

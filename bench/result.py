@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -174,6 +175,10 @@ class Table:
     def lines(self, rows: Sequence[Row]) -> list[list[str]]:
         return [[cell(row) for _, cell in self.columns] for row in rows]
 
+    def used(self, rows: Sequence[Row]) -> "Table":
+        """Without the columns that are empty in all rows."""
+        return Table([column for column in self.columns if any(map(column[1], rows))])
+
     def markdown(self, rows: Sequence[Row]) -> str:
         titles = [title for title, _ in self.columns]
         marks = ["---", *("---:" for _ in titles[1:])]
@@ -201,7 +206,8 @@ def number(
 def card_line(result: Result) -> str:
     """The machine in a line."""
     card = result.machine
-    gpu = f"{card['gpu']}, " if "gpu" in card else ""
+    state = (f"{key} {told}" for key, told in (card.get("gpu_state") or {}).items())
+    gpu = f"{', '.join((card['gpu'], *state))}; " if "gpu" in card else ""
     versions = ", ".join(f"{name} {number}" for name, number in card["versions"].items())
     return (
         f"{gpu}{card['cpu']}, {card['threads']} of {card['cores']} cores, load {card['load']}; "
@@ -213,8 +219,10 @@ def run(console: "Console", result: Result, rows: Iterable[Row], table: Table, o
     """Measure: take the rows one by one, write and show them. Returns the exit code.
 
     out: the folder of the file. After an error or an interruption the rows so far are written,
-    marked partial, and the error goes on; with none, nothing is written.
+    marked partial, and the error goes on; with none, nothing is written. Raises BenchError, before
+    all of it, where nothing can be written.
     """
+    check_folder(out)
     try:
         for row in rows:
             result.rows.append(row)
@@ -229,6 +237,16 @@ def run(console: "Console", result: Result, rows: Iterable[Row], table: Table, o
     return 0
 
 
+def check_folder(out: Path) -> None:
+    """Raises BenchError where no result can be written, before anything is measured."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        with NamedTemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise BenchError(f"cannot write into {out}: {error.strerror}; name another --out") from None
+
+
 def told_error(error: BaseException) -> str:
     said = str(error).split("\n")[0] or "interrupted"
     return f"{type(error).__name__}: {said}"
@@ -241,6 +259,7 @@ def publish(result: Result, out: Path) -> Iterator[None]:
     At its end the file is written and its path goes to stderr, the line of JSON to stdout. The
     block may say in `partial` why rows are missing.
     """
+    check_folder(out)
     try:
         yield
         if result.partial == UNFINISHED:
@@ -250,21 +269,23 @@ def publish(result: Result, out: Path) -> Iterator[None]:
         raise
     finally:
         if result.rows or result.partial is None:
-            print(result.write(out), file=sys.stderr)
+            print(card_line(result), result.write(out), sep="\n", file=sys.stderr)
             print(json.dumps(result.as_dict(), ensure_ascii=False), flush=True)
 
 
 def show(console: "Console", result: Result, table: Table, out: Path) -> None:
     from rich.table import Table as RichTable
 
-    drawn = RichTable(title=f"wantrt bench {result.name}", caption=card_line(result))
+    table, told = table.used(result.rows), f"{card_line(result)}\n{result.command}"
+    drawn = RichTable(title=f"wantrt bench {result.name}", caption=told)
     for index, (title, _) in enumerate(table.columns):
         drawn.add_column(title, justify="right" if index else "left")
     for line in table.lines(result.rows):
         drawn.add_row(*line)
-    path = result.write(out)
     console.print(drawn)
     if result.partial:
         console.say(f"warning: partial: {result.partial}")
-    console.path(path)
-    print(json.dumps(result.as_dict(), ensure_ascii=False), flush=True)
+    try:
+        console.path(result.write(out))
+    finally:  # what was measured is not lost on a full disk
+        print(json.dumps(result.as_dict(), ensure_ascii=False), flush=True)

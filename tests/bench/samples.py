@@ -58,12 +58,13 @@ def latency_row(name: str, scale: float = 1.0) -> Row:
 def scaling_rows() -> list[Row]:
     sizes = {"480p, 17 frames": 7800, "480p, 81 frames": 32760, "720p, 81 frames": 75600}
     rows: list[Row] = []
-    for batch, slower in ((1, 1.0), (2, 1.9)):
+    for axis, batch, slower in (("tokens", 2, 1.9), ("batch", 1, 1.0)):
         for name, tokens in sizes.items():
             floor_ms = slower * (tokens * 0.01 + tokens**2 * 4e-7)
             rows.append(
                 {
                     "name": name,
+                    "axis": axis,
                     "batch": batch,
                     "tokens": tokens,
                     "step_ms": around(1.3 * floor_ms + 20),

@@ -13,7 +13,7 @@ from wantrt.cli.bench import bench
 
 ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
-SUITE = ("7", "8")  # whose commands are those of `wantrt bench`
+SUITE = re.findall(r"^SUITE_(\d+) := ", MAKEFILE, re.MULTILINE)  # of commands of `wantrt bench`
 PIECES = dict(re.findall(r"^BENCH_(\d+) := (\S+)$", MAKEFILE, re.MULTILINE))
 
 
@@ -59,10 +59,7 @@ def test_make_says_what_wantrt_bench_takes(number):
         text=True,
         check=True,
     )
-    commands = told.stdout.replace("\\\n", " ").splitlines()
-    assert commands
-    for line in commands:
-        _, _, arguments = line.partition("-m wantrt.cli bench ")
-        name, *options = arguments.split()
-        command = bench.get_command(click.Context(bench), name)
-        assert command.make_context(name, options).params["out"].parts[0] == "bench-results"
+    _, _, arguments = told.stdout.partition("-m wantrt.cli bench ")
+    name, *options = arguments.split()
+    command = bench.get_command(click.Context(bench), name)
+    assert command.make_context(name, options).params["out"].parts[0] == "bench-results"

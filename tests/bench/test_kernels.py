@@ -230,14 +230,6 @@ def test_calls_fill_a_sample():
     assert kernels.num_calls(2, 0.0) == kernels.MOST_CALLS
 
 
-def test_percentiles():
-    assert gpu.summary([3.0, 1.0, 2.0], "ms", 2) == {
-        "median_ms": 2.0,
-        "p10_ms": 1.2,
-        "p90_ms": 2.8,
-    }
-
-
 def test_errors_are_of_the_worst_output():
     expected = (torch.tensor([1.0, -4.0]), torch.tensor([2.0, 0.0]))
     actual = (torch.tensor([1.0, -4.0]), torch.tensor([2.0, 0.5]))

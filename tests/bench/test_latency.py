@@ -228,7 +228,7 @@ def test_memory_and_energy_of_a_gpu(hidden, pipe, monkeypatch):
     assert peaks.row()[key] == 3 * 2**30 + 500 * hidden
     assert not other & peaks.row().keys()
     settings = make_request(pipe.bundle, "torch", ASKED | {"num_frames": 1})
-    (row,) = latency.measure(pipe.bundle, {"torch": settings}, RATES, warmup=1, runs=2)
+    (row,) = latency.measure(pipe.bundle, {"torch": settings}, {"torch": RATES}, warmup=1, runs=2)
     assert row["energy_j"]["median"] == 1.0  # of each run: from one call to the next
 
 
@@ -236,7 +236,7 @@ def test_without_the_package_there_is_no_energy(pipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert NVML.find(torch.device("cuda")) is None
     settings = make_request(pipe.bundle, "torch", ASKED | {"num_frames": 1})
-    (row,) = latency.measure(pipe.bundle, {"torch": settings}, RATES, warmup=1, runs=1)
+    (row,) = latency.measure(pipe.bundle, {"torch": settings}, {"torch": RATES}, warmup=1, runs=1)
     assert "energy_j" not in row
     assert not any("gpu" in key for key in row)
 

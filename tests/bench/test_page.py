@@ -163,13 +163,12 @@ def test_a_floor_is_compared_with_all_of_it():
 
 def test_growth_is_drawn_where_tokens_differ():
     rows = [
-        {"name": "a", "batch": 1, "tokens": 100, "step_ms": 4.0, "floor_ms": 2.0},
-        {"name": "b", "batch": 1, "tokens": 200, "step_ms": 9.0, "floor_ms": 5.0},
-        {"name": "c", "batch": 2, "tokens": 200, "step_ms": 18.0},  # nothing to grow from
+        {"name": "a", "axis": "tokens", "tokens": 100, "step_ms": 4.0, "floor_ms": 2.0},
+        {"name": "b", "axis": "tokens", "tokens": 200, "step_ms": 9.0, "floor_ms": 5.0},
+        {"name": "c", "axis": "batch", "tokens": 300, "step_ms": 18.0},  # another request
     ]
     (grown,) = figures(sample("scaling", rows))
-    assert "batch 1" in grown.markup
-    assert "batch 2" not in grown.markup
+    assert grown.markup.count("<circle") == 2
     assert grown.markup.count('class="join c1"') == 1
     assert grown.markup.count('class="join c1 dashed"') == 1
     assert figures(sample("scaling", rows[1:])) == []

@@ -124,3 +124,17 @@ def test_tables():
         "| b |  |",
     ]
     assert finite({"x": (1, float("inf")), 2: object}) == {"x": [1, None], "2": str(object)}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    rows = (pytest.fail("measured") for _ in range(1))
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BenchError, match=r"cannot write into .*name another --out"):
+            run(None, start("x", {}), rows, Table(()), out)
+
+
+def test_columns_that_say_nothing_are_left_out():
+    table = Table((("a", number("a")), ("b", number("b")), ("c", text("c"))))
+    rows = [{"a": 1.0}, {"c": "x"}]
+    assert [title for title, _ in table.used(rows).columns] == ["a", "c"]
