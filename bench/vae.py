@@ -4,17 +4,23 @@
 
 A video is decoded one latent frame at a time: a first chunk of one frame, then chunks of four,
 which read and write the caches; encoding likewise. Weights are generated at full size. A chunk of
-the decoder is timed as the runtime runs it (captured on a GPU), a chunk of the encoder as a session
-runs it. Each size and runtime has a process of its own, because memory that was freed once hides
-what the next one takes; weights are mapped files and count for nothing on a CPU.
+the decoder is timed as the runtime runs it, on a GPU as a replay: whatever --warmup says, its two
+kinds of next chunk run twice before, as they are and captured. A chunk of the encoder is timed as a
+session runs it. Decoder and encoder of each size and runtime have a process each, because memory
+that was freed once hides what the next one takes; on a CPU weights are mapped files and count for
+nothing.
 """
 
 import multiprocessing
+import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -34,6 +40,7 @@ from wantrt.cli.command import command as bench_command
 from wantrt.cli.console import Console
 from wantrt.config import VARIANTS, Size
 from wantrt.device import Device
+from wantrt.errors import BenchError
 from wantrt.jobs import parse_size
 from wantrt.linked import refuse_other_names
 from wantrt.models.components import part_components
@@ -50,6 +57,7 @@ refuse_other_names(__spec__)
 
 VAES = {"wan2.1": "t2v-1.3b", "wan2.2": "ti2v-5b", "nano": "nano"}  # -> a variant that has it
 CPU_SIZES, GPU_SIZES = ((224, 128),), ((832, 480), (1280, 704))
+CAPTURED = 4  # next chunks of a decoder until all are replays: two graphs, each after a run
 
 TABLE = Table(
     (
@@ -67,7 +75,7 @@ TABLE = Table(
 
 @dataclass(frozen=True)
 class Case:
-    """What a process measures. runs: of every kind of chunk, after `warmup` of them."""
+    """What is measured in two processes. runs: of every kind of chunk, after `warmup` of them."""
 
     vae: str
     runtime: str
@@ -76,9 +84,8 @@ class Case:
     runs: int
 
     @property
-    def num_frames(self) -> int:
-        """So many that a video has all runs of the next chunk."""
-        return 1 + 4 * self.runs
+    def name(self) -> str:
+        return f"{self.vae} {self.size[0]}x{self.size[1]}"
 
 
 def measure(
@@ -86,72 +93,89 @@ def measure(
 ) -> Iterator[Row]:
     """Four rows a case: decoder and encoder, first and next chunk.
 
-    rates: of a runtime. apart: in a process of its own.
+    rates: of a runtime. apart: each half in a process of its own. Raises BenchError for one that
+    was killed.
     """
-    processes = multiprocessing.get_context("spawn")
     for case, bundle in cases:
-        if apart:
-            with processes.Pool(1) as pool:
-                found = pool.apply(measure_case, (case, bundle, torch.get_num_threads()))
-        else:
-            found = measure_case(case, bundle)
         costs = chunk_costs(bundle, case.size)
-        for kind, (chunk_ms, memory) in found.items():
-            cost = costs[kind]
-            floor_ms = 1e3 * cost.seconds(rates[case.runtime])
-            times = spread(chunk_ms)
-            frames = 1 if kind.endswith("first") else bundle.variant.vae.temporal_stride
-            yield {
-                "name": f"{case.vae} {case.size[0]}x{case.size[1]} {kind} {case.runtime}",
-                "vae": case.vae,
-                "size": f"{case.size[0]}x{case.size[1]}",
-                "chunk": kind,
-                "runtime": case.runtime,
-                "precision": precision_of(bundle, kind),
-                "chunk_ms": times,
-                "frame_ms": times["median"] / frames,
-                "floor_ms": floor_ms,
-                "floor_fraction": floor_ms / times["median"],
-                "flops": cost.flops,
-                "weight_bytes": cost.weight_bytes,
-                **memory,
-            }
+        for which in HALVES:
+            if apart:
+                what = f"the {which} of {case.name} on {case.runtime}"
+                found, memory = run_apart(what, measure_half, case, bundle, which)
+            else:
+                found, memory = measure_half(case, bundle, which)
+            for order in ("first", "next"):
+                kind, times = f"{which} {order}", spread(found[order])
+                cost = costs[kind]
+                floor_ms = 1e3 * cost.seconds(rates[case.runtime])
+                frames = 1 if order == "first" else bundle.variant.vae.temporal_stride
+                yield {
+                    "name": f"{case.name} {kind} {case.runtime}",
+                    "vae": case.vae,
+                    "size": f"{case.size[0]}x{case.size[1]}",
+                    "chunk": kind,
+                    "runtime": case.runtime,
+                    "precision": precision_of(bundle, kind),
+                    "chunk_ms": times,
+                    "frame_ms": times["median"] / frames,
+                    "floor_ms": floor_ms,
+                    "floor_fraction": floor_ms / times["median"],
+                    "flops": cost.flops,
+                    "weight_bytes": cost.weight_bytes,
+                    **memory,
+                }
 
 
-def measure_case(
-    case: Case, bundle: Bundle, threads: int | None = None
-) -> dict[str, tuple[list[float], dict[str, int]]]:
-    """Kind of chunk -> milliseconds of its runs, and the peak memory of decoder or encoder."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+def run_apart(what: str, work: Callable[..., Any], *given: Any) -> Any:
+    """What `work` returns, of a new process. Raises BenchError if that is killed."""
+    context = multiprocessing.get_context("spawn")
+    start_with = begin_apart, (torch.get_num_threads(),)
+    with ProcessPoolExecutor(1, context, *start_with) as pool:
+        try:
+            return pool.submit(work, *given).result()
+        except BrokenProcessPool:
+            raise BenchError(
+                f"the process that measured {what} was killed, probably for its memory; "
+                "take a smaller --size"
+            ) from None
+
+
+def begin_apart(threads: int) -> None:
+    """In the new process, which Ctrl-C ends at once and without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+
+
+def measure_half(
+    case: Case, bundle: Bundle, which: str
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Milliseconds of the runs of "first" and "next", and the peak memory of decoder or encoder."""
     runtime = loading.RUNTIMES[case.runtime]
     device = runtime.make_device()
-    found = {}
-    for which, work in (("decoder", decode_video), ("encoder", encode_video)):
-        peaks = Peaks(device.torch_device)
-        with PeakMemory() as memory:
-            sessions = load_part(bundle, "vae", runtime, device, prefix=f"vae_{which}")
-            chunks = work(case, bundle, sessions, device)
-        taken = {"peak_bytes": memory.peak_bytes - memory.start_bytes}
-        if device.torch_device.type == "cuda":
-            taken = {**peaks.row(), "peak_bytes": peaks.row()["peak_allocated_bytes"]}
-        for order in ("first", "next"):
-            found[f"{which} {order}"] = chunks[order], taken
-        del sessions
-    return found
+    peaks = Peaks(device.torch_device)
+    with PeakMemory() as memory:
+        sessions = load_part(bundle, "vae", runtime, device, prefix=f"vae_{which}")
+        chunk_ms = HALVES[which](case, bundle, sessions, device)
+    if device.torch_device.type != "cuda":
+        return chunk_ms, {"peak_bytes": memory.peak_bytes - memory.start_bytes}
+    taken = peaks.row()
+    return chunk_ms, {**taken, "peak_bytes": taken["peak_allocated_bytes"]}
 
 
 def decode_video(
     case: Case, bundle: Bundle, sessions: Mapping[str, Sequence[Session]], device: Device
 ) -> dict[str, list[float]]:
-    """A video a run for the first chunk; one with all runs for the next."""
+    """A video a run for the first chunk; one with all runs for the next.
+
+    The warm-up has as many next chunks as capture them.
+    """
     vae = bundle.variant.vae
     cells = vae_symbols(bundle.variant, case.size)
     decoder = Decoder(vae, sessions, device)
     chunk_ms: dict[str, list[float]] = defaultdict(list)
-    for lengths in (case.warmup, case.runs):
+    for firsts, following in ((case.warmup, max(case.warmup, CAPTURED)), (case.runs, case.runs)):
         chunk_ms.clear()
-        for chunks in [1] * lengths + [lengths + 1]:
+        for chunks in [1] * firsts + [following + 1]:
             shape = (1, vae.z_dim, chunks, cells["h"], cells["w"])
             latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             latent = latent.to(device.torch_device)
@@ -184,6 +208,9 @@ def encode_video(
             with torch.inference_mode(), device.stream():
                 encode(bundle.variant.vae, timed, device, pixels.to(device.torch_device))
     return chunk_ms
+
+
+HALVES = {"decoder": decode_video, "encoder": encode_video}
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,22 @@
 
 import json
 import re
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.bench.commands import ran, refusal
+from tests.engines.fake.device import FakeDevice
 from tests.small import small_bundle
 from wantrt.bench import vae
 from wantrt.bench.floor import decode_cost, encode_cost
 from wantrt.bench.rates import Rates
-from wantrt.bench.vae import Case, chunk_costs, measure, measure_case
+from wantrt.bench.vae import Case, chunk_costs, measure, measure_half
 from wantrt.bundle import Bundle
+from wantrt.errors import BenchError
+from wantrt.runtime import loading
 
 RATES = Rates(matrix=1e10, attention=1e10, copy=1e10)
 KINDS = ("decoder first", "decoder next", "encoder first", "encoder next")
@@ -49,10 +54,65 @@ def test_a_chunk_is_timed_once(bundle, monkeypatch):
     """Its warm-ups are not among the times, and each time is of one chunk."""
     clock = iter(range(10**6))
     monkeypatch.setattr(vae.time, "perf_counter", lambda: float(next(clock)))
-    found = measure_case(Case("small", "torch", (32, 32), warmup=2, runs=3), bundle)
-    counts = {kind: len(times) for kind, (times, _) in found.items()}
-    assert counts == dict.fromkeys(KINDS[::2], 4) | dict.fromkeys(KINDS[1::2], 3)
-    assert {time for times, _ in found.values() for time in times} == {1000.0}
+    for which in ("decoder", "encoder"):
+        case = Case("small", "torch", (32, 32), warmup=2, runs=3)
+        found, _ = measure_half(case, bundle, which)
+        assert {order: len(times) for order, times in found.items()} == {"first": 4, "next": 3}
+        assert {time for times in found.values() for time in times} == {1000.0}
+
+
+class Counting(FakeDevice):
+    """Counts what was replayed when it captured last."""
+
+    def capture(self, work):
+        self.at_capture = self.replays
+        return super().capture(work)
+
+
+def test_timed_chunks_of_the_decoder_are_replays(bundle, monkeypatch):
+    """Also with the least warm-up: both graphs are captured in it, and used once."""
+    device = Counting()
+    torch_runtime = replace(loading.RUNTIMES["torch"], make_device=lambda: device)
+    monkeypatch.setitem(loading.RUNTIMES, "torch", torch_runtime)
+    with device:
+        measure_half(Case("small", "torch", (32, 32), warmup=1, runs=3), bundle, "decoder")
+    assert device.at_capture == 1  # that of the other bank
+    assert device.replays == 2 + 3
+    assert not device.broken
+
+
+def test_a_decoder_has_only_its_own_memory(bundle, monkeypatch):
+    """Each half is measured in a process of its own."""
+    asked = []
+
+    def apart(what, work, *given):
+        asked.append(what)
+        return work(*given)
+
+    monkeypatch.setattr(vae, "run_apart", apart)
+    case = Case("small", "torch", (32, 32), warmup=1, runs=1)
+    rows = list(measure([(case, bundle)], {"torch": RATES}))
+    assert asked == [f"the {which} of small 32x32 on torch" for which in ("decoder", "encoder")]
+    assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]
+
+
+def test_a_killed_process_is_told():
+    """Not waited for: what kills it is mostly a lack of memory."""
+    with pytest.raises(BenchError, match="measured a chunk was killed, probably for its memory"):
+        vae.run_apart("a chunk", signal.raise_signal, signal.SIGKILL)
+
+
+def test_halves_that_are_done_are_kept(bundle, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(vae.HALVES, "encoder", interrupted)
+    rows = []
+    with pytest.raises(KeyboardInterrupt):
+        case = Case("small", "torch", (32, 32), warmup=1, runs=1)
+        for row in measure([(case, bundle)], {"torch": RATES}, apart=False):
+            rows.append(row)
+    assert [row["chunk"] for row in rows] == list(KINDS[:2])
 
 
 @pytest.mark.slow
