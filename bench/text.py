@@ -5,9 +5,11 @@
 Weights are generated, of a variant's UMT5 at full width and with `--layers` of its layers (all 24
 are 22.7 GB in float32); nano's are its own. They are mapped files, read stack by stack, so what
 counts on a CPU is anonymous memory, which cannot be dropped. The first pass pages the files in as
-far as the system did not keep them; it is told apart. A prompt runs at its own length.
+far as the system did not keep them; it is told apart. A prompt runs at its own length. Peak memory
+is that of a length, with what its runtime loaded and without what an earlier one did.
 """
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wantrt.bench.bundles import choose_bundle, describe_bundle
-from wantrt.bench.floor import total
+from wantrt.bench.floor import Cost, total
 from wantrt.bench.generated import generated
 from wantrt.bench.memory import PeakMemory, Peaks, anonymous_bytes
 from wantrt.bench.options import RESULT, RUNTIMES, options, repeats
@@ -80,51 +82,86 @@ def measure(
     runs: int,
     name: str | None = None,
 ) -> Iterator[Row]:
-    """A row for each runtime and length of a prompt, in tokens. name: of the variant, if a bundle
-    of some of its layers does not know it."""
-    variant = bundle.variant
-    name = name or variant.name
-    config, rows = variant.text_encoder, variant.experts[0].dit.text_len
+    """A row for each runtime and length of a prompt, in tokens; after an interruption, of the runs
+    that are done. name: of the variant, if a bundle of some of its layers does not know it."""
+    name = name or bundle.variant.name
     for runtime in (loading.RUNTIMES[asked] for asked in runtimes):
-        device = runtime.make_device()
-        peaks, before = Peaks(device.torch_device), anonymous_bytes()
-        begun = time.perf_counter()
-        sessions = load_part(bundle, PART, runtime, device)
-        load_s = time.perf_counter() - begun
-        encoder = TextEncoder(config, RandomTokens(config.vocab_size, rows), sessions, device)
-        for tokens in lengths:
-            seconds = []
-            with PeakMemory() as memory, torch.inference_mode(), device.stream():
-                for _ in range(warmup + runs):
-                    encoder.forget()
-                    begun = time.perf_counter()
-                    encoder.encode([str(tokens)])
-                    device.synchronize()
-                    seconds.append(time.perf_counter() - begun)
-            taken = {"peak_bytes": memory.peak_bytes - before}
-            if device.torch_device.type == "cuda":
-                taken = {**peaks.row(), "peak_bytes": peaks.row()["peak_allocated_bytes"]}
-            cost = total(
-                part_components(variant, PART, PRECISIONS[bundle.precision[PART]]),
-                {"B": 1, "S": tokens},
-            )
-            times = spread(seconds[warmup:])
-            yield {
-                "name": f"{name}, {config.num_layers} layers, {tokens} tokens, {runtime.name}",
-                "variant": name,
-                "runtime": runtime.name,
-                "precision": bundle.precision[PART],
-                "layers": config.num_layers,
-                "tokens": tokens,
-                "load_s": load_s,
-                "first_s": seconds[0],
-                "text_s": times,
-                "floor_s": cost.seconds(rates),
-                "floor_fraction": cost.seconds(rates) / times["median"],
-                "flops": cost.flops,
-                "weight_bytes": cost.weight_bytes,
-                **taken,
-            }
+        gc.collect()  # the sessions of the one before, as their memory is none of this one's
+        yield from measure_runtime(bundle, runtime, lengths, rates, warmup, runs, name)
+
+
+def measure_runtime(
+    bundle: Bundle,
+    runtime: loading.Runtime,
+    lengths: Sequence[int],
+    rates: Rates,
+    warmup: int,
+    runs: int,
+    name: str,
+) -> Iterator[Row]:
+    variant = bundle.variant
+    config, rows = variant.text_encoder, variant.experts[0].dit.text_len
+    device = runtime.make_device()
+    device.release()
+    before, begun = anonymous_bytes(), time.perf_counter()
+    sessions = load_part(bundle, PART, runtime, device)
+    load_s = time.perf_counter() - begun
+    encoder = TextEncoder(config, RandomTokens(config.vocab_size, rows), sessions, device)
+    components = part_components(variant, PART, PRECISIONS[bundle.precision[PART]])
+    for tokens in lengths:
+        told = {
+            "name": f"{name}, {config.num_layers} layers, {tokens} tokens, {runtime.name}",
+            "variant": name,
+            "runtime": runtime.name,
+            "precision": bundle.precision[PART],
+            "layers": config.num_layers,
+            "tokens": tokens,
+            "load_s": load_s,
+        }
+        cost = total(components, {"B": 1, "S": tokens})
+        seen = Seen(encoder, tokens, warmup)
+        try:
+            seen.run(warmup + runs)
+        except (Exception, KeyboardInterrupt):
+            if len(seen.seconds) > warmup:
+                yield told | seen.row(cost, rates, before)
+            raise
+        yield told | seen.row(cost, rates, before)
+
+
+class Seen:
+    """What prompts of one length have shown so far."""
+
+    def __init__(self, encoder: TextEncoder, tokens: int, warmup: int) -> None:
+        self.encoder, self.prompt, self.warmup = encoder, str(tokens), warmup
+        self.seconds: list[float] = []
+        self.peaks, self.memory = Peaks(encoder.device.torch_device), PeakMemory()
+
+    def run(self, times: int) -> None:
+        with self.memory, torch.inference_mode(), self.encoder.device.stream():
+            for _ in range(times):
+                self.encoder.forget()
+                begun = time.perf_counter()
+                self.encoder.encode([self.prompt])
+                self.encoder.device.synchronize()
+                self.seconds.append(time.perf_counter() - begun)
+
+    def row(self, cost: Cost, rates: Rates, before: int) -> Row:
+        """before: anonymous bytes of the process until the encoder was loaded."""
+        times, floor_s = spread(self.seconds[self.warmup :]), cost.seconds(rates)
+        taken = {"peak_bytes": self.memory.peak_bytes - before}
+        if self.encoder.device.torch_device.type == "cuda":
+            taken = self.peaks.row()
+            taken["peak_bytes"] = taken["peak_allocated_bytes"]
+        return {
+            "first_s": self.seconds[0],
+            "text_s": times,
+            "floor_s": floor_s,
+            "floor_fraction": floor_s / times["median"],
+            "flops": cost.flops,
+            "weight_bytes": cost.weight_bytes,
+            **taken,
+        }
 
 
 @bench_command()

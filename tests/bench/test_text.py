@@ -2,12 +2,14 @@
 
 import json
 import re
+import weakref
 
 import pytest
 import torch
 
 from tests.bench.commands import ran, refusal
 from tests.small import small_bundle
+from wantrt.bench import text
 from wantrt.bench.floor import text_cost
 from wantrt.bench.rates import Rates
 from wantrt.bench.text import RandomTokens, measure
@@ -40,6 +42,47 @@ def test_rows(monkeypatch):
     whole = text_cost(bundle.variant, torch.float32)
     assert rows[1]["flops"] == whole.flops
     assert rows[0]["flops"] < whole.flops
+
+
+def test_a_runtime_does_not_keep_the_one_before(monkeypatch):
+    """Its sessions are gone when the next one's memory is read."""
+    bundle, loaded, alive = Bundle.load(small_bundle()), [], []
+
+    def remember(*given):
+        alive.append([session() is not None for session in loaded])
+        sessions = load_part(*given)
+        loaded.extend(map(weakref.ref, sessions["text_stack"]))
+        return sessions
+
+    load_part = text.load_part
+    monkeypatch.setattr(text, "load_part", remember)
+    list(measure(bundle, ["torch", "torch"], [3], RATES, warmup=1, runs=1))
+    assert len(loaded) > 0
+    assert not any(alive[1])
+
+
+def test_each_length_has_its_own_peak(monkeypatch):
+    reset = []
+    monkeypatch.setattr(text.Peaks, "reset", lambda self: reset.append(self))
+    list(measure(Bundle.load(small_bundle()), ["torch"], [3, 4], RATES, warmup=1, runs=1))
+    assert len(reset) == 2
+
+
+def test_what_was_measured_before_an_interruption_is_kept(monkeypatch):
+    run, left = TextEncoder._run, iter(range(3 + 2))  # one length, and one run of the next
+
+    def interrupted(*given):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return run(*given)
+
+    monkeypatch.setattr(TextEncoder, "_run", interrupted)
+    rows = []
+    with pytest.raises(KeyboardInterrupt):
+        bundle = Bundle.load(small_bundle())
+        for row in measure(bundle, ["torch"], [3, 4, 5], RATES, warmup=1, runs=2):
+            rows.append(row)
+    assert [(row["tokens"], row["text_s"]["runs"]) for row in rows] == [(3, 2), (4, 1)]
 
 
 def test_tokens_have_the_length_that_is_asked_for():
