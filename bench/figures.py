@@ -116,7 +116,10 @@ def word(key: str, found: Any) -> str:
 def stacked(
     title: str, parts: Mapping[str, tuple[str, str]], whole: str | None = None, note: str = ""
 ) -> Draw:
-    """A bar a row of what follows one after the other; `whole`: the key of all of it together."""
+    """A bar a row of what follows one after the other; `whole`: the key of all of it together.
+
+    Parts that take longer than the whole ran at once: the whole alone is drawn.
+    """
 
     def draw(result: Result) -> Figure | None:
         found = []
@@ -126,6 +129,8 @@ def stacked(
             if not total:
                 continue
             unit = whole or next(iter(taken))
+            if sum(taken.values()) > 1.001 * total:
+                taken = {}
             pieces = [
                 Part(seconds, parts[key][1], f"{parts[key][0]}: {quantity(key, seconds)}")
                 for key, seconds in taken.items()
@@ -145,8 +150,9 @@ def amounts(
     keys: Mapping[str, tuple[str, str]],
     note: str = "",
     mark: tuple[float, str] | None = None,
+    most: int = 100,
 ) -> Draw:
-    """A bar for each of the keys of each row."""
+    """A bar for each of the keys of each row; more than `most` of them are left to the table."""
 
     def draw(result: Result) -> Figure | None:
         found = []
@@ -159,7 +165,7 @@ def amounts(
                 low, high = ends(row, key)
                 text = quantity(key, told)
                 found.append(Bar(name, [Part(told, colour, text)], text, group, low, high))
-        return Figure(title, plots.bars(found, mark), note) if found else None
+        return Figure(title, plots.bars(found, mark), note) if 0 < len(found) <= most else None
 
     return draw
 
@@ -349,7 +355,7 @@ FIGURES: dict[str, tuple[Draw, ...]] = {
     ),
     "build": (
         of_rows("what", stacked("Time to build", BUILD_S, "build_s")),
-        of_rows("kind", amounts("Time of each part", only(["build_s"]))),
+        of_rows("kind", amounts("Time of each part", only(["build_s"]), most=26)),
         of_rows("what", stacked("Bytes of the bundle", BUILD_BYTES, "bytes")),
         of_rows("what", memory),
     ),

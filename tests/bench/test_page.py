@@ -161,6 +161,17 @@ def test_a_floor_is_compared_with_all_of_it():
     assert "all of it" in floor.markup
 
 
+def test_parts_that_ran_at_once_are_not_stacked():
+    times = {"weights_s": 1.0, "graphs_s": 2.0, "plans_s": 6.0}
+    rows = [{"name": "x", "what": "first", "build_s": 5.0, **times}]
+    (built,) = figures(sample("build", rows))
+    assert "all of it" in built.markup
+    assert "plans" not in built.markup
+    rows[0]["build_s"] = 10.0
+    (built,) = figures(sample("build", rows))
+    assert percents(built.markup, "rect[^>]* width") == [10, 20, 60, 10]
+
+
 def test_growth_is_drawn_where_tokens_differ():
     rows = [
         {"name": "a", "axis": "tokens", "tokens": 100, "step_ms": 4.0, "floor_ms": 2.0},
