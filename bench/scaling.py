@@ -5,8 +5,10 @@
         --frames 17,81,121 --steps 3
 
 Three axes, one varied at a time: tokens (every size with every number of frames), batch (the first
-of them without guidance, where guidance is a batch of two), steps (the first of them with every
-number of steps). Cases run from few tokens to many, as the host's allocators keep what they had.
+of them without guidance), steps (the first of them with every number of steps). Guidance is a batch
+of two, or, of more tokens than wantrt.config.GUIDANCE_BATCH_TOKENS, two passes of the model in a
+step: `batch` and `passes`. Cases of all axes run from few tokens to many, as the host's allocators
+keep what they had; a GPU's memory is given back before each.
 
 The last rows are fits: step time as a power of tokens, and as constant + linear + quadratic; the
 same power of the floor says how much of the growth is the model's and not ours; memory as a line.
@@ -37,6 +39,7 @@ from wantrt.bench.options import (
 )
 from wantrt.bench.rates import Rates, measure_rates
 from wantrt.bench.request import (
+    Served,
     check_request,
     describe_request,
     floor_row,
@@ -121,47 +124,63 @@ def make_cases(
         return Case(axis, make_request(bundle, runtime, {**asked, **first, **changed}))
 
     tokens = [case("tokens", size=size, num_frames=n) for size in sizes for n in frames]
-    tokens.sort(key=lambda case: symbols_of(bundle, case.settings)["L"])
     others = [case("steps", num_inference_steps=count) for count in steps[1:]]
-    if any(scale != 1.0 for scale in tokens[0].settings.guidance_scales):
+    if is_guided(tokens[0].settings):
         low = {"guidance_scale_2": 1.0} if len(bundle.variant.experts) > 1 else {}
         others.insert(0, case("batch", guidance_scale=1.0, **low))
-    return others + tokens  # the others are of a size that the tokens' axis has too
+    # of equally many, the unguided first, which take less
+    return sorted(others + tokens, key=lambda case: symbols_of(bundle, case.settings)["L"])
 
 
 def symbols_of(bundle: Bundle, settings: Settings) -> dict[str, int]:
     """L: tokens, and B: the batch of a step."""
-    guided = any(scale != 1.0 for scale in settings.guidance_scales)
     frames = settings.denoised_frames(bundle.variant)
-    return dit_symbols(bundle.variant, settings.size, frames, guided)
+    return dit_symbols(bundle.variant, settings.size, frames, is_guided(settings))
+
+
+def is_guided(settings: Settings) -> bool:
+    return any(scale != 1.0 for scale in settings.guidance_scales)
 
 
 def measure(
     pipe: Pipeline, cases: Sequence[Case], rates: Rates, *, warmup: int = 2, runs: int = 5
 ) -> Iterator[Row]:
-    """A row a case, and the fits."""
+    """A row a case, and the fits of those that are whole.
+
+    After an interruption, the row of a case is of the requests that were served.
+    """
     rows: list[Row] = []
     for case in cases:
-        rows.append(measure_case(pipe, case, rates, warmup, runs))
+        pipe.denoiser.forget()
+        pipe.decoder.forget()
+        gc.collect()
+        pipe.device.release()
+        peaks, served = Peaks(pipe.device.torch_device), []
+        try:
+            for _ in range(warmup):
+                serve(pipe, case.settings, peaks.look)
+            for _ in range(runs):
+                served.append(serve(pipe, case.settings))
+        except (Exception, KeyboardInterrupt):
+            if served:
+                yield case_row(pipe.bundle, case, served, peaks, rates)
+            yield from fits(rows)
+            raise
+        rows.append(case_row(pipe.bundle, case, served, peaks, rates))
         yield rows[-1]
     yield from fits(rows)
 
 
-def measure_case(pipe: Pipeline, case: Case, rates: Rates, warmup: int, runs: int) -> Row:
+def case_row(
+    bundle: Bundle, case: Case, served: Sequence[Served], peaks: Peaks, rates: Rates
+) -> Row:
     settings = case.settings
-    pipe.denoiser.forget()
-    pipe.decoder.forget()
-    gc.collect()
-    peaks = Peaks(pipe.device.torch_device)
-    for _ in range(warmup):
-        serve(pipe, settings, peaks.look)
-    served = [serve(pipe, settings) for _ in range(runs)]
     seconds = {
         name: spread([one.seconds[name] for one in served])
         for name in ("denoise_s", "vae_decode_s", "e2e_s")
     }
-    size, symbols = "{}x{}".format(*settings.size), symbols_of(pipe.bundle, settings)
-    floors = floor_row(pipe.bundle, settings, rates, seconds)
+    size, symbols = "{}x{}".format(*settings.size), symbols_of(bundle, settings)
+    floors = floor_row(bundle, settings, rates, seconds)
     step_ms = spread([step for one in served for step in one.step_ms])
     what = {"tokens": "", "batch": ", unguided", "steps": f", {settings.num_inference_steps} steps"}
     return {
@@ -171,6 +190,7 @@ def measure_case(pipe: Pipeline, case: Case, rates: Rates, warmup: int, runs: in
         "frames": settings.num_frames,
         "tokens": symbols["L"],
         "batch": symbols["B"],
+        "passes": 2 // symbols["B"] if is_guided(settings) else 1,
         "steps": settings.num_inference_steps,
         "step_ms": step_ms,
         "floor_ms": floors["step_floor_ms"],
@@ -238,9 +258,10 @@ def polynomial(tokens: Sequence[float], values: Sequence[float]) -> tuple[float,
 def fit_batch(rows: Sequence[Row]) -> Row | None:
     """What guidance costs: a step with it and a step without."""
     alone = next((row for row in rows if row["axis"] == "batch"), None)
-    if alone is None:
+    guided = [row for row in same_video(rows, alone) if row["axis"] == "tokens"] if alone else []
+    if alone is None or not guided:
         return None
-    both = next(row for row in same_video(rows, alone) if row["axis"] == "tokens")
+    (both,) = guided
     return {
         "name": "guided / unguided",
         "ratio": both["step_ms"]["median"] / alone["step_ms"]["median"],
@@ -258,6 +279,8 @@ def fit_steps(rows: Sequence[Row]) -> Row | None:
         for row in same_video(rows, others[0])
         if row["axis"] != "batch"
     }
+    if len(found) < 2:
+        return None
     slope, constant = np.polyfit(list(found), list(found.values()), 1)
     return {
         "name": "fit over steps",

@@ -11,6 +11,8 @@ from wantrt.bench.rates import Rates
 from wantrt.bench.request import serve
 from wantrt.bench.scaling import fits, make_cases, symbols_of
 from wantrt.bundle import Bundle
+from wantrt.device import CPUDevice
+from wantrt.runtime import sizes
 
 RATES = Rates(matrix=1e11, attention=5e10, copy=1e10)
 GIVEN = ("--steps", "1,2", "--warmup", 1, "--runs", 2, "--seed", 1)
@@ -61,23 +63,30 @@ def test_guidance_and_steps():
 
 
 def test_cases_vary_one_thing_at_a_time():
-    bundle, sizes = Bundle.load(small_bundle()), [(48, 32), (32, 32)]
-    cases = make_cases(bundle, "torch", {"prompt": "x", "seed": 0}, sizes, [5, 9], [2, 3])
+    bundle, asked = Bundle.load(small_bundle()), {"prompt": "x", "seed": 0}
+    cases = make_cases(bundle, "torch", asked, [(48, 32), (32, 32)], [5, 9], [2, 3])
     told = [
         (c.axis, c.settings.size, c.settings.num_frames, c.settings.num_inference_steps)
         for c in cases
     ]
     assert told == [
+        ("tokens", (32, 32), 5, 2),
         ("batch", (48, 32), 5, 2),
         ("steps", (48, 32), 5, 3),
-        ("tokens", (32, 32), 5, 2),
         ("tokens", (48, 32), 5, 2),
         ("tokens", (32, 32), 9, 2),
         ("tokens", (48, 32), 9, 2),
     ]
     symbols = [symbols_of(bundle, case.settings) for case in cases]
-    assert [s["B"] for s in symbols] == [1, 2, 2, 2, 2, 2]
-    assert [s["L"] for s in symbols] == [12, 12, 8, 12, 12, 18]
+    assert [s["B"] for s in symbols] == [2, 1, 2, 2, 2, 2]
+    assert [s["L"] for s in symbols] == [8, 12, 12, 12, 12, 18]
+
+
+def test_fits_of_what_an_interruption_left():
+    """The unguided case, and that of more steps, without the one that they are beside."""
+    base = point(10, 20.0)
+    alone, more = base | {"axis": "batch"}, base | {"axis": "steps", "steps": 8}
+    assert fits([alone]) == fits([alone, more]) == []
 
 
 def test_the_command(bench, capsys):
@@ -92,6 +101,8 @@ def test_the_command(bench, capsys):
     ]
     assert rows["32x32x5, 2 steps"]["step_ms"]["runs"] == 2 * 2
     assert rows["32x32x5"]["step_ms"]["runs"] == 2
+    told = ("32x32x5", "32x32x5, unguided")
+    assert [(rows[name]["batch"], rows[name]["passes"]) for name in told] == [(2, 1), (1, 1)]
     assert rows["64x32x9"]["floor_ms"] > rows["64x32x5"]["floor_ms"] > rows["32x32x5"]["floor_ms"]
     large = rows["64x32x9"]
     assert large["floor_fraction"] == pytest.approx(large["floor_ms"] / large["step_ms"]["median"])
@@ -100,12 +111,37 @@ def test_the_command(bench, capsys):
     assert 0 < rows["fit over tokens"]["floor_exponent"] < 2
 
 
+def test_guidance_of_many_tokens_is_two_passes(bench, monkeypatch):
+    monkeypatch.setattr(sizes, "GUIDANCE_BATCH_TOKENS", 7)
+    _, result = bench("--size", "32x32", "--frames", "5")
+    told = {row["name"]: (row["batch"], row["passes"]) for row in result["rows"][:3]}
+    assert told == {
+        "32x32x5, unguided": (1, 1),
+        "32x32x5, 2 steps": (1, 2),
+        "32x32x5": (1, 2),
+    }
+
+
+def test_memory_of_the_case_before_is_given_back(bench, monkeypatch):
+    seen = []
+
+    def served(*given):
+        seen.append("served")
+        return serve(*given)
+
+    monkeypatch.setattr(scaling, "serve", served)
+    monkeypatch.setattr(CPUDevice, "release", lambda self: seen.append("released"))
+    bench("--size", "32x32", "--frames", "5")
+    assert seen[:12] == ["released", *["served"] * 3] * 3
+
+
 def test_what_was_measured_before_an_interruption_is_kept(bench, monkeypatch):
+    """Of the third case one request, which no fit takes."""
     calls = []
 
     def interrupted(*given):
         calls.append(1)
-        if len(calls) == 8:  # in the third case
+        if len(calls) == 9:
             raise KeyboardInterrupt
         return serve(*given)
 
@@ -113,7 +149,9 @@ def test_what_was_measured_before_an_interruption_is_kept(bench, monkeypatch):
     code, result = bench("--size", "32x32,64x32", "--frames", "5")
     assert code == 130
     assert result["partial"] == "KeyboardInterrupt: interrupted"
-    assert [row["axis"] for row in result["rows"]] == ["batch", "steps"]
+    assert [row["axis"] for row in result["rows"]] == ["batch", "steps", "tokens"]
+    assert result["rows"][1]["e2e_s"]["runs"] == 2
+    assert result["rows"][2]["e2e_s"]["runs"] == 1
 
 
 @pytest.mark.parametrize(
