@@ -132,7 +132,8 @@ def measure(
     requests: int = 2,
     runs: int = 5,
 ) -> Iterator[Row]:
-    """A row for each runtime and state of the file cache.
+    """A row for each runtime and state of the file cache; after an interruption, of the processes
+    that ended.
 
     settings: of the requests, as JSON says them; arrays: an npz file with their images. load:
     arguments of `Pipeline.load`.
@@ -149,24 +150,43 @@ def measure(
         loaded = set(map(Path, start_process(asked | {"runtime": runtime})["files"]))
         libraries = [path for path in sorted(loaded - set(own)) if path.is_file()]
         for cache in caches:
-            told, kept = [], []
-            for _ in range(runs):
-                if cache == "cold":
-                    kept.append([drop_cached(own), drop_cached(libraries)])
-                told.append(start_process(asked | {"runtime": runtime}))
-            row: Row = {
-                "name": f"{bundle.variant.name} {runtime}, {cache}",
-                "variant": bundle.variant.name,
-                "runtime": runtime,
-                "cache": cache,
-                "bundle_bytes": sum(path.stat().st_size for path in own),
-                "library_bytes": sum(path.stat().st_size for path in libraries),
-            }
-            if kept:
-                of_bundle, of_libraries = np.median(kept, axis=0)
-                row["bundle_kept_fraction"] = float(of_bundle)
-                row["library_kept_fraction"] = float(of_libraries)
-            yield row | {name: spread([one[name] for one in told]) for name in told[0]["numbers"]}
+            told: list[dict[str, Any]] = []
+            kept: list[tuple[float, float]] = []
+            try:
+                for _ in range(runs):
+                    if cache == "cold":
+                        kept.append((drop_cached(own), drop_cached(libraries)))
+                    told.append(start_process(asked | {"runtime": runtime}))
+            except (Exception, KeyboardInterrupt):
+                if told:
+                    yield row_of(bundle, runtime, cache, own, libraries, told, kept)
+                raise
+            yield row_of(bundle, runtime, cache, own, libraries, told, kept)
+
+
+def row_of(
+    bundle: Bundle,
+    runtime: str,
+    cache: str,
+    own: Sequence[Path],
+    libraries: Sequence[Path],
+    told: Sequence[dict[str, Any]],
+    kept: Sequence[tuple[float, float]],
+) -> Row:
+    """told: of each process; kept: how much of own and libraries stayed in a cold cache."""
+    row: Row = {
+        "name": f"{bundle.variant.name} {runtime}, {cache}",
+        "variant": bundle.variant.name,
+        "runtime": runtime,
+        "cache": cache,
+        "bundle_bytes": sum(path.stat().st_size for path in own),
+        "library_bytes": sum(path.stat().st_size for path in libraries),
+    }
+    if kept:
+        of_bundle, of_libraries = np.median(kept, axis=0)
+        row["bundle_kept_fraction"] = float(of_bundle)
+        row["library_kept_fraction"] = float(of_libraries)
+    return row | {name: spread([one[name] for one in told]) for name in told[0]["numbers"]}
 
 
 def start_process(asked: dict[str, Any]) -> dict[str, Any]:

@@ -191,7 +191,8 @@ def measure(
     warmup: int = 2,
     seed: int = 0,
 ) -> Iterator[Row]:
-    """A row for each closed loop and, after them, for each open one.
+    """A row for each closed loop and, after them, for each open one; after an interruption, of the
+    requests that were served.
 
     loads: rates as shares of what the first closed loop serves. rates: requests a second.
     """
@@ -202,19 +203,30 @@ def measure(
     capacity: float | None = None
     for clients in concurrency:
         queue = Queue(videos, requests, seconds)
-        queue.serve(pipe, [closed_client] * clients)
         told = f"{clients} client{'s' if clients > 1 else ''}"
         row: Row = {"name": told, "mode": "closed", "concurrency": clients}
-        yield row | figures(queue.asked) | peaks.row()
+        for found in served_row(queue, pipe, [closed_client] * clients):
+            yield row | found | peaks.row()
         capacity = capacity or figures(queue.asked)["videos_per_hour"] / 3600
     asked: list[tuple[float, float | None]] = [(rate, None) for rate in rates]
     asked += [(load * capacity, load) for load in loads if capacity]
     for rate, load in asked:
         queue = Queue(videos, requests, seconds)
-        queue.serve(pipe, [poisson_client(rate, seed)])
         name = f"open at {rate:.3g}/s" if load is None else f"open at {load:.0%}"
         row = {"name": name, "mode": "open", "rate_per_s": rate, "load_fraction": load}
-        yield row | figures(queue.asked) | peaks.row()
+        for found in served_row(queue, pipe, [poisson_client(rate, seed)]):
+            yield row | found | peaks.row()
+
+
+def served_row(queue: Queue, pipe: Pipeline, clients: Sequence[Client]) -> Iterator[Row]:
+    """One, also before what interrupts goes on, unless nothing was served until then."""
+    try:
+        queue.serve(pipe, clients)
+    except (Exception, KeyboardInterrupt):
+        if any(request.done is not None for request in queue.asked):
+            yield figures(queue.asked)
+        raise
+    yield figures(queue.asked)
 
 
 def figures(asked: Sequence[Request]) -> Row:

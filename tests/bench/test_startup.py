@@ -106,6 +106,23 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert len(dropped) == 2 * 2  # before each of the cold processes
 
 
+def test_processes_that_ended_are_kept(tmp_path, monkeypatch):
+    """After an interruption in the second that counts; the one that warms does not."""
+    numbers = {"python_s": 1.0, "load_s": 2.0}
+    left = iter([{"files": [], "numbers": list(numbers), **numbers}] * 2)
+
+    def start(given):
+        if (told := next(left, None)) is None:
+            raise KeyboardInterrupt
+        return told
+
+    monkeypatch.setattr(startup, "start_process", start)
+    given = ("--bundle", small_bundle(), "--runtime", "torch", *SMALL_SETTINGS, "--runs", 3)
+    assert ran("startup", *given, "--out", tmp_path) == 130
+    (row,) = json.loads((tmp_path / "startup.json").read_text())["rows"]
+    assert (row["load_s"]["median"], row["load_s"]["runs"]) == (2.0, 1)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -176,7 +176,7 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch)
 
     def interrupted(*given):
         calls.append(1)
-        if len(calls) == 5:  # in the second case
+        if len(calls) == 5:  # the second request of the second case
             raise KeyboardInterrupt
         return serve(*given)
 
@@ -184,7 +184,8 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch)
     code, result = bench(tmp_path, "--requests", 2, "--warmup", 1)
     assert code == 130
     assert result["partial"] == "KeyboardInterrupt: interrupted"
-    assert [row["concurrency"] for row in result["rows"]] == [1]
+    told = [(row["concurrency"], row["videos"], row["unserved"]) for row in result["rows"]]
+    assert told == [(1, 2, 0), (2, 1, 1)]
 
 
 @pytest.mark.parametrize(
