@@ -11,14 +11,20 @@ objects, and unequal settings are refused.
 Outputs are compared first: the difference, as the root of its mean square in units of that of the
 reference, must be below `TOLERANCE`, or the engine is not timed. Then rounds: in each, every engine
 runs once, so that what else the machine does meets all alike. `ratio` is a round's time over that
-of wantrt's first runtime, so above 1 wantrt is faster. Peers are files of bench/peers/; one that is
-missing, or of another version than constraints.txt pins, is reported.
+of `ratio_to`, wantrt's first runtime whose output is right, so above 1 that one is faster. Peers
+are files of bench/peers/; one that is missing, fails, or is of another version than constraints.txt
+pins, is reported, and the others go on.
+
+`peak_allocated_bytes` is what an engine adds to a GPU's memory at its peak in the run whose output
+is compared, its weights included, by torch's allocator: what TensorRT allocates by itself is not in
+it. On a CPU, engines in one process share what was freed, and no number is fair.
 """
 
+import gc
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -234,12 +240,14 @@ def cost_of(setup: Setup, variant: Variant, precision: str) -> Cost:
 
 @dataclass
 class Entry:
-    """An engine that is timed. says: what is to be known about it."""
+    """An engine that is timed. says: what is to be known about it; done: of every round."""
 
     engine: Engine
     loaded: Loaded
     parity: float
     says: str | None
+    memory: dict[str, int]
+    done: list[Done] = field(default_factory=list)
 
 
 def measure(
@@ -263,16 +271,12 @@ def measure(
     refused: list[str] = []
     reference, its_name = None, ""
     for engine, says in [*peers, *((engine, None) for engine in ours)]:
-        row: Row = {"name": f"{scope}: {engine.name}", "scope": scope, "engine": engine.name}
         try:
-            loaded: Loaded = getattr(engine, SCOPES[scope])(work)
-            result = loaded.run(0).result.float()
+            loaded, result, memory = first_run(scope, engine, work)
         except Exception as error:
             if engine in ours:
                 raise
-            failed = f"failed: {type(error).__name__}: {first_line(error)}"
-            log.warning("%s %s", engine.name, failed)
-            yield {**row, "says": failed}
+            yield failed_row(scope, engine, error)
             continue
         if entries:
             refuse_unequal(entries[0], engine, loaded)
@@ -281,21 +285,31 @@ def measure(
         parity = difference(result, reference)
         if not parity <= TOLERANCE[work.precision]:
             refused.append(f"{engine.name} in {scope}, by {parity:.1e}")
-            yield {**row, "parity": parity, "says": "not timed: its output is wrong"}
+            wrong = "not timed: its output is wrong"
+            yield {**name_row(scope, engine), "parity": parity, "says": wrong}
+            del loaded
             continue
-        entries.append(Entry(engine, loaded, parity, says))
+        entries.append(Entry(engine, loaded, parity, says, memory))
     entries.sort(key=lambda entry: entry.engine not in ours)
     if any(entry.engine in ours for entry in entries):
-        done: list[list[Done]] = []  # by round, in the order of the entries
         try:
             for index in range(1, 1 + warmup + runs):
-                found = [entry.loaded.run(index) for entry in entries]
+                found = []
+                for entry in entries[:]:
+                    try:
+                        found.append(entry.loaded.run(index))
+                    except Exception as error:
+                        if entry.engine in ours:
+                            raise
+                        entries.remove(entry)
+                        yield failed_row(scope, entry.engine, error)
                 if index > warmup:
-                    done.append(found)
+                    for entry, done in zip(entries, found, strict=True):
+                        entry.done.append(done)
         except (Exception, KeyboardInterrupt):
-            yield from rows_of(scope, entries, done, cost, rates)
+            yield from rows_of(scope, entries, cost, rates)
             raise
-        yield from rows_of(scope, entries, done, cost, rates)
+        yield from rows_of(scope, entries, cost, rates)
     if refused:
         raise BenchError(
             f"outputs differ from those of {its_name}: {'; '.join(refused)} (at most "
@@ -303,35 +317,56 @@ def measure(
         )
 
 
-def rows_of(
-    scope: str,
-    entries: Sequence[Entry],
-    done: Sequence[Sequence[Done]],
-    cost: Cost,
-    rates: Rates,
-) -> Iterator[Row]:
-    if not done:
+def first_run(
+    scope: str, engine: Engine, work: Work
+) -> tuple[Loaded, torch.Tensor, dict[str, int]]:
+    """An engine, its output, and on a GPU the peak memory of the run beyond what was allocated."""
+    gc.collect()  # engines that failed
+    on_gpu = work.device.type == "cuda"
+    before = torch.cuda.memory_allocated(work.device) if on_gpu else 0
+    loaded: Loaded = getattr(engine, SCOPES[scope])(work)
+    if not on_gpu:
+        return loaded, loaded.run(0).result.float(), {}
+    torch.cuda.reset_peak_memory_stats(work.device)
+    result = loaded.run(0).result.float()
+    peak = torch.cuda.max_memory_allocated(work.device)
+    return loaded, result, {"peak_allocated_bytes": peak - before}
+
+
+def name_row(scope: str, engine: Engine) -> Row:
+    return {"name": f"{scope}: {engine.name}", "scope": scope, "engine": engine.name}
+
+
+def failed_row(scope: str, engine: Engine, error: Exception) -> Row:
+    failed = f"failed: {type(error).__name__}: {first_line(error)}"
+    log.warning("%s %s", engine.name, failed)
+    return {**name_row(scope, engine), "says": failed}
+
+
+def rows_of(scope: str, entries: Sequence[Entry], cost: Cost, rates: Rates) -> Iterator[Row]:
+    """Of the rounds that are whole; all entries have as many."""
+    base, floor_s = entries[0], cost.seconds(rates)
+    if not base.done:
         return
-    base, floor_s = [found[0].seconds for found in done], cost.seconds(rates)
-    for index, entry in enumerate(entries):
-        mine = [found[index] for found in done]
-        seconds = [one.seconds for one in mine]
+    for entry in entries:
+        seconds = [one.seconds for one in entry.done]
         found = spread(seconds)
         row: Row = {
-            "name": f"{scope}: {entry.engine.name}",
-            "scope": scope,
-            "engine": entry.engine.name,
+            **name_row(scope, entry.engine),
             "seconds": found,
             "floor_s": floor_s,
             "floor_fraction": floor_s / found["median"],
             "flops": cost.flops,
             "weight_bytes": cost.weight_bytes,
             "parity": entry.parity,
+            **entry.memory,
         }
-        if index:
-            row["ratio"] = spread([s / b for s, b in zip(seconds, base, strict=True)])
-        for stage in mine[0].stages:
-            row[stage] = spread([value for one in mine for value in one.stages[stage]])
+        if entry is not base:
+            pairs = zip(entry.done, base.done, strict=True)
+            row["ratio"] = spread([mine.seconds / its.seconds for mine, its in pairs])
+            row["ratio_to"] = base.engine.name
+        for stage in entry.done[0].stages:
+            row[stage] = spread([value for one in entry.done for value in one.stages[stage]])
         yield {**row, **({"says": entry.says} if entry.says else {})}
 
 

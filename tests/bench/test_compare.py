@@ -154,6 +154,7 @@ def test_ratios_are_of_a_round():
         "runs": 3,
     }
     assert rows["peer"]["ratio"]["median"] == 3
+    assert [row.get("ratio_to") for row in rows.values()] == [None, "fast", "fast"]
 
 
 def test_a_faster_wrong_answer_is_refused():
@@ -165,6 +166,8 @@ def test_a_faster_wrong_answer_is_refused():
     assert "seconds" not in rows[0]
     assert rows[0]["says"].startswith("not timed")
     assert "seconds" in rows[1]
+    assert "ratio" not in rows[1]
+    assert rows[2]["ratio_to"] == "slow"
 
 
 @pytest.mark.parametrize("ours, peer", [("nan", "1"), ("1", "nan"), ("nan", "nan")])
@@ -203,6 +206,58 @@ def test_a_peer_that_fails_is_reported():
     assert rows[0]["says"] == "failed: RuntimeError: no compiler"
     assert rows[1]["says"] == "failed: RuntimeError: "
     assert [row["engine"] for row in rows[2:]] == ["ours", "peer"]
+
+
+@pytest.mark.parametrize("after", [1, 3], ids=["warm-up", "round"])
+def test_a_peer_that_fails_later_is_reported_and_the_others_go_on(after):
+    broken = Engine("broken", fails=RuntimeError("full"), after=after)
+    rows = list(rows_of([Engine("ours", 1.0)], [broken, Engine("peer", 2.0)]))
+    assert [row["engine"] for row in rows] == ["broken", "ours", "peer"]
+    assert rows[0]["says"] == "failed: RuntimeError: full"
+    assert [row["seconds"]["runs"] for row in rows[1:]] == [3, 3]
+    assert rows[2]["ratio"]["min"] == rows[2]["ratio"]["max"] == 2.0  # of the same rounds
+
+
+def test_our_own_failure_in_a_round_is_an_error():
+    rows = []
+    with pytest.raises(RuntimeError, match="ours"):
+        ours = Engine("ours", fails=RuntimeError("ours"), after=3)
+        for row in rows_of([ours], [Engine("peer")]):
+            rows.append(row)
+    assert [row["seconds"]["runs"] for row in rows] == [1, 1]
+
+
+def test_memory_is_what_an_engine_adds(monkeypatch):
+    """On a GPU, at the peak of the run that is compared; loading and others are not in it."""
+    held = {"now": 1000, "peak": 1000}
+
+    def take(nbytes):
+        held["now"] += nbytes
+        held["peak"] = max(held.values())
+
+    class Large(Engine):
+        def decoder(self, work):
+            take(9000)  # while it is loaded
+            take(-8900)
+            loaded = super().decoder(work)
+
+            def run(index):
+                take(50 if index == 0 else 5000)
+                take(-50 if index == 0 else -5000)
+                return loaded.run(index)
+
+            return Loaded(loaded.settings, run)
+
+    cuda = compare.torch.cuda
+    monkeypatch.setattr(cuda, "memory_allocated", lambda device: held["now"])
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: held["peak"])
+    monkeypatch.setattr(
+        cuda, "reset_peak_memory_stats", lambda device: held.update(peak=held["now"])
+    )
+    work = small_work(device=torch.device("cuda", 0))
+    rows = list(rows_of([Large("ours")], [Large("peer")], work=work))
+    assert [row["peak_allocated_bytes"] for row in rows] == [150, 150]
+    assert "peak_allocated_bytes" not in next(rows_of([Large("ours")], []))
 
 
 def test_our_own_failure_is_an_error():
