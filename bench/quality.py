@@ -5,27 +5,29 @@
 For every prompt and seed both make a video from the same noise. PSNR and SSIM are of the frames,
 `latents_difference` of the last latents (root of the mean square, over the reference's). Beside
 them stands the noise floor: the reference bundle once more, on torch with another of its exact
-attentions. What lies there cannot be told from an exact engine. Both bundles are of one checkpoint.
+attentions. What lies there cannot be told from an exact engine; where no other attention serves,
+the bits are the same, and the row says so in the place of a PSNR. Both bundles are of one
+checkpoint. They are loaded one after another: first the reference makes all its videos, which wait
+in the host's memory.
 
 For nano, the judge (wantrt/nano/judge.py) also says of how many videos colour, shape and motion are
 those of the prompt. LPIPS is not measured: see bench/similarity.py.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wantrt.bench.bundles import describe_bundle
-from wantrt.bench.options import FRAMES, RESULT, SIZE, STEPS, options
-from wantrt.bench.result import Row, Table, number, run, spread, start, text
+from wantrt.bench.options import FRAMES, RESIDENCY, RESULT, SIZE, STEPS, options
+from wantrt.bench.result import Row, Table, number, run, spread, start
 from wantrt.bench.similarity import Frames, psnr, ssim
 from wantrt.build import open_bundle
 from wantrt.bundle import Bundle
@@ -53,6 +55,7 @@ PROMPTS = (
     "an old man playing the cello in an empty hall",
 )
 ASKED = ("size", "num_frames", "num_inference_steps", "guidance_scales", "solver", "flow_shift")
+NO_NOISE = "the same bits: no other attention served it"
 SMALLEST = 11  # the side of the window of SSIM
 
 
@@ -61,9 +64,13 @@ def latents_cell(row: Row) -> str:
     return f"{value['median'] if isinstance(value, Mapping) else value:.1g}"
 
 
+def name_cell(row: Row) -> str:
+    return row["name"] + (f": {row['says']}" if "says" in row else "")
+
+
 TABLE = Table(
     (
-        ("video", text("name")),
+        ("video", name_cell),
         ("PSNR dB", number("psnr_db", 1)),
         ("p10", number("psnr_db", 1, part="p10")),
         ("SSIM", number("ssim", 4)),
@@ -85,44 +92,56 @@ class Made:
     seconds: float
 
 
-class Maker:
-    """A loaded bundle that makes videos from given noise."""
+def make_videos(
+    bundle: Bundle,
+    runtime: str,
+    requests: Sequence[Settings],
+    residency: str,
+    attention: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Iterator[Made]:
+    """A video for each of the requests, after a warm-up. The bundle is loaded for as long."""
+    with Pipeline.load(bundle, runtime, residency=residency) as pipe:
+        for index, settings in enumerate(requests):
+            noise = draw_noise(settings.latent_shape(bundle.variant), settings.seed)
+            with attention():
+                if index == 0:
+                    make(pipe, settings, noise)
+                made = make(pipe, settings, noise)
+            yield made
 
-    def __init__(self, bundle: Bundle, runtime: str, other_attention: bool = False) -> None:
-        self.pipe = Pipeline.load(bundle, runtime)
-        self._other_attention = other_attention
 
-    def make(self, settings: Settings, noise: Tensor) -> Made:
-        self.pipe.text_encoder.forget()
-        seen: list[Tensor] = []
+def make(pipe: Pipeline, settings: Settings, noise: Tensor) -> Made:
+    pipe.text_encoder.forget()
+    seen: list[Tensor] = []
 
-        def keep(progress: Progress) -> None:
-            if progress.stage == "denoise" and progress.done == progress.total:
-                assert progress.latents is not None
-                seen.append(progress.latents.float().cpu().clone())
+    def keep(progress: Progress) -> None:
+        if progress.stage == "denoise" and progress.done == progress.total:
+            assert progress.latents is not None
+            seen.append(progress.latents.float().cpu().clone())
 
-        attention: AbstractContextManager[object] = nullcontext()
-        if self._other_attention:
-            attention = another_attention(self.pipe.device.torch_device)
-        with attention:
-            video = self.pipe(settings, init_latents=noise, callback=keep)
-        return Made(video.frames, seen[-1], sum(video.timings.values()))
+    video = pipe(settings, init_latents=noise, callback=keep)
+    return Made(video.frames, seen[-1], sum(video.timings.values()))
 
 
 @contextmanager
-def another_attention(device: torch.device) -> Iterator[None]:
-    """Another exact attention of torch's than the runtime prefers on the device."""
-    if device.type != "cuda":
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-        return
+def another_attention(precision: str) -> Iterator[None]:
+    """Another exact attention of torch's than what is first choice for a transformer's precision.
+
+    On a GPU that is cuDNN's or flash in 16 bits, and the memory-efficient one in float32; on a CPU
+    it is flash.
+    """
     from wantrt.kernels.ops import ATTENTIONS
 
-    preferred = ATTENTIONS.pop(0)
+    others = [SDPBackend.MATH]
+    if precision != "fp32":
+        others.insert(0, SDPBackend.EFFICIENT_ATTENTION)  # a CPU has none and takes the next
+    before = ATTENTIONS[:]
+    ATTENTIONS[:] = [*others, SDPBackend.MATH]  # with a bias, the first is left out
     try:
-        yield
+        with sdpa_kernel(others, set_priority=True):  # of what does not take `ATTENTIONS`
+            yield
     finally:
-        ATTENTIONS.insert(0, preferred)
+        ATTENTIONS[:] = before
 
 
 def measure(
@@ -131,36 +150,53 @@ def measure(
     against: Bundle,
     against_runtime: str,
     jobs: Sequence[Mapping[str, Any]],
-    asked: Mapping[str, Any],
+    requests: Sequence[Settings],
+    residency: str = "resident",
 ) -> Iterator[Row]:
-    """Two rows a job, the bundle's and the noise floor's, and at the end two for all jobs.
+    """A row a job for the bundle, then one for the noise floor, and at the end one of all for each.
 
-    jobs: "prompt" and "seed"; of nano's captions also what a video must show. What an interruption
-    leaves is summed up too. Raises BenchError for bundles that cannot be compared.
+    jobs: "prompt" and "seed"; of nano's captions also what a video must show. requests: theirs, of
+    `resolve_all`. What an interruption leaves is summed up too. Raises BenchError for bundles that
+    cannot be compared.
     """
     refuse_strangers(bundle, against)
-    tested, reference = Maker(bundle, runtime), Maker(against, against_runtime)
-    noisy = Maker(against, "torch", other_attention=True)
+    precision = against.precision[against.variant.experts[0].name]
+    expected = list(make_videos(against, against_runtime, requests, residency))
     rows: list[Row] = []
     try:
-        for index, job in enumerate(jobs):
-            given = {**asked, "prompt": job["prompt"], "seed": job["seed"]}
-            settings = tested.pipe.resolve(**given)
-            refuse_unequal(settings, reference.pipe.resolve(**given))
-            noise = draw_noise(settings.latent_shape(bundle.variant), settings.seed)
-            if index == 0:
-                for maker in (reference, tested, noisy):
-                    maker.make(settings, noise)  # the warm-up
-            expected = reference.make(settings, noise)
-            for maker, what in ((tested, ""), (noisy, ", noise floor")):
-                row = compared(maker.make(settings, noise), expected, job)
-                row["name"] += what
-                rows.append({**row, "noise_floor": maker is noisy})
-                yield rows[-1]
+        for made, its, job in zip(
+            make_videos(bundle, runtime, requests, residency), expected, jobs, strict=True
+        ):
+            rows.append({**compared(made, its, job), "noise_floor": False})
+            yield rows[-1]
+        noisy = make_videos(
+            against, "torch", requests, residency, lambda: another_attention(precision)
+        )
+        for made, its, job in zip(noisy, expected, jobs, strict=True):
+            rows.append({**noise_row(compared(made, its, job)), "noise_floor": True})
+            yield rows[-1]
     except (Exception, KeyboardInterrupt):
         yield from summary(rows)
         raise
     yield from summary(rows)
+
+
+def resolve_all(
+    bundle: Bundle,
+    runtime: str,
+    against: Bundle,
+    against_runtime: str,
+    jobs: Sequence[Mapping[str, Any]],
+    asked: Mapping[str, Any],
+) -> list[Settings]:
+    """Of every job, before anything is loaded. Raises SettingsError, and BenchError where the
+    bundles recorded others."""
+    requests = []
+    for job in jobs:
+        given = {**asked, "prompt": job["prompt"], "seed": job["seed"]}
+        requests.append(resolve_for(bundle, runtime, **given))
+        refuse_unequal(requests[-1], resolve_for(against, against_runtime, **given))
+    return requests
 
 
 def compared(made: Made, expected: Made, job: Mapping[str, Any]) -> Row:
@@ -181,6 +217,15 @@ def compared(made: Made, expected: Made, job: Mapping[str, Any]) -> Row:
     return row
 
 
+def noise_row(row: Row) -> Row:
+    """Equal bits are no noise: what they have is no PSNR."""
+    row["name"] += ", noise floor"
+    if row["latents_difference"] == 0.0:
+        del row["psnr_db"]
+        row["says"] = NO_NOISE
+    return row
+
+
 def is_right(made: Made, job: Mapping[str, Any]) -> bool:
     """Whether a video shows the colour, shape and motion of its prompt."""
     verdict = judge(made.frames)
@@ -188,15 +233,20 @@ def is_right(made: Made, job: Mapping[str, Any]) -> bool:
 
 
 def summary(rows: Sequence[Row]) -> Iterator[Row]:
-    """Of all jobs: the bundle, and the noise floor. Videos that are equal have no PSNR."""
+    """Of all jobs: the bundle, and the noise floor. Videos that are equal have no PSNR.
+
+    `equal` counts them, of the noise floor those whose latents are equal as well.
+    """
     for name, is_floor in (("all", False), ("all, noise floor", True)):
         of_kind = [row for row in rows if row["noise_floor"] == is_floor]
         if not of_kind:
             continue
         total: Row = {"name": name, "noise_floor": is_floor}
-        total["equal"] = sum(math.isinf(row["psnr_db"]) for row in of_kind)
+        total["equal"] = sum(math.isinf(row.get("psnr_db", math.inf)) for row in of_kind)
+        if all("says" in row for row in of_kind):
+            total["says"] = of_kind[0]["says"]
         for key in ("psnr_db", "ssim", "latents_difference", "e2e_s", "speedup"):
-            values = [row[key] for row in of_kind if math.isfinite(row[key])]
+            values = [row[key] for row in of_kind if math.isfinite(row.get(key, math.inf))]
             total |= {key: spread(values, digits=7)} if values else {}
         for key in ("right", "reference_right"):
             if key in of_kind[0]:
@@ -264,7 +314,7 @@ def well_read(path: Path) -> Iterator[Job]:
     callback=list_of(int),
     help="Each prompt is made with each of them.",
 )
-@options(SIZE, FRAMES, STEPS, RESULT)
+@options(RESIDENCY, SIZE, FRAMES, STEPS, RESULT)
 def command(
     console: Console,
     bundle: str | None,
@@ -274,6 +324,7 @@ def command(
     prompts: Path | None,
     count: int,
     seeds: Sequence[int],
+    residency: str,
     out: Path,
     note: str | None,
     **asked: Any,
@@ -292,12 +343,10 @@ def command(
     ]
     given = {name: value for name, value in asked.items() if value is not None}
     jobs = read_jobs(prompts, count, seeds, tested.variant.name == "nano")
-    settings = resolve_for(tested, runtimes[0], prompt=jobs[0]["prompt"], seed=0, **given)
+    requests = resolve_all(tested, runtimes[0], reference, runtimes[1], jobs, given)
+    settings = requests[0]
     if min(settings.size) < SMALLEST:
         raise SettingsError(f"SSIM needs frames of at least {SMALLEST}x{SMALLEST}")
-    refuse_unequal(
-        settings, resolve_for(reference, runtimes[1], prompt=jobs[0]["prompt"], seed=0, **given)
-    )
     result = start(
         "quality",
         {
@@ -305,11 +354,12 @@ def command(
             **{f"against_{key}": value for key, value in describe_bundle(reference).items()},
             "runtime": runtimes[0],
             "against_runtime": runtimes[1],
+            "residency": residency,
             **{key: getattr(settings, key) for key in ASKED},
             "prompts": [job["prompt"] for job in jobs],
             "seeds": seeds,
         },
         note,
     )
-    rows = measure(tested, runtimes[0], reference, runtimes[1], jobs, given)
+    rows = measure(tested, runtimes[0], reference, runtimes[1], jobs, requests, residency)
     return run(console, result, rows, TABLE, out)

@@ -2,16 +2,21 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
+from torch.nn.attention import SDPBackend
 
 from tests.bench.commands import ran, refusal
 from tests.small import small_bundle
 from wantrt.bench import quality
-from wantrt.bench.quality import measure, read_jobs, summary
+from wantrt.bench.quality import another_attention, measure, read_jobs, resolve_all, summary
 from wantrt.bundle import Bundle
 from wantrt.errors import BenchError
+from wantrt.kernels.ops import ATTENTIONS
 from wantrt.nano.scenes import load_held_out
+from wantrt.runtime.pipeline import Pipeline
+from wantrt.runtime.sizes import resolve_for
 
 ASKED = {"size": (32, 32), "num_frames": 5, "num_inference_steps": 2}
 JOBS = [{"prompt": "a red circle moves right", "seed": seed} for seed in (0, 1)]
@@ -28,7 +33,11 @@ def bf16():
 
 
 def rows_by_name(*arguments):
-    return {row["name"]: row for row in measure(*arguments, JOBS, ASKED)}
+    return {row["name"]: row for row in rows_of(*arguments)}
+
+
+def rows_of(*bundles):
+    return measure(*bundles, JOBS, resolve_all(*bundles, JOBS, ASKED))
 
 
 def test_a_precision_is_told_from_noise(fp32, bf16):
@@ -57,22 +66,62 @@ def test_a_runtime_lies_within_the_noise(fp32):
     assert total["latents_difference"]["max"] < 1e-5
 
 
+def test_equal_bits_are_no_noise(fp32, monkeypatch):
+    """Where there is no other attention, as in float32 on some machines."""
+    monkeypatch.setattr(quality, "another_attention", lambda precision: nullcontext())
+    rows = rows_by_name(fp32, "torch", fp32, "torch")
+    for name in (f"{JOBS[0]['prompt']}, seed 0, noise floor", "all, noise floor"):
+        assert "psnr_db" not in rows[name]
+        assert rows[name]["says"].startswith("the same bits")
+    assert rows["all, noise floor"]["equal"] == len(JOBS)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_another_attention_is_not_the_first_that_serves(precision):
+    """Of those that the kernels' attention may take, also of what is left for a bias."""
+    before = ATTENTIONS[:]
+    small = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]  # these serve 16 bits alone
+    serving = [b for b in before if precision != "fp32" or b not in small]
+    with another_attention(precision):
+        assert serving[0] not in ATTENTIONS
+        assert SDPBackend.FLASH_ATTENTION not in ATTENTIONS  # what torch itself prefers
+        assert ATTENTIONS[1:]
+    assert before == ATTENTIONS
+
+
+def test_one_pipeline_at_a_time(fp32, monkeypatch):
+    """And each with the residency that was asked for."""
+    load, loaded, residencies = Pipeline.load, [], []
+
+    def remember(bundle, runtime, *, residency):
+        assert all(pipe._closed for pipe in loaded)
+        loaded.append(load(bundle, runtime, residency=residency))
+        residencies.append(residency)
+        return loaded[-1]
+
+    monkeypatch.setattr(Pipeline, "load", remember)
+    bundles = (fp32, "torch", fp32, "torch")
+    list(measure(*bundles, JOBS, resolve_all(*bundles, JOBS, ASKED), residency="phase"))
+    assert residencies == ["phase"] * 3
+    assert loaded[-1]._closed
+
+
 def test_an_interruption_is_summed_up(fp32, monkeypatch):
-    made = quality.Maker.make
-    left = iter(range(3 + 3 + 1))  # the warm-up, the first job, a part of the second
+    made = quality.make
+    left = iter(range(3 + 2))  # all of the reference, with its warm-up, and a first one beside it
 
     def make(*arguments):
         if next(left, None) is None:
             raise KeyboardInterrupt
         return made(*arguments)
 
-    monkeypatch.setattr(quality.Maker, "make", make)
+    monkeypatch.setattr(quality, "make", make)
     rows = []
     with pytest.raises(KeyboardInterrupt):
-        for row in measure(fp32, "torch", fp32, "torch", JOBS, ASKED):
+        for row in rows_of(fp32, "torch", fp32, "torch"):
             rows.append(row)
-    assert [row["name"] for row in rows[2:]] == ["all", "all, noise floor"]
-    assert rows[2]["ssim"]["runs"] == 1
+    assert [row["name"] for row in rows] == [f"{JOBS[0]['prompt']}, seed 0", "all"]
+    assert rows[1]["ssim"]["runs"] == 1
 
 
 def test_jobs(tmp_path):
@@ -99,10 +148,10 @@ def test_the_judge_counts():
 
 
 def test_recorded_settings_must_agree(fp32):
-    one = fp32.variant
-    pipe = quality.Maker(fp32, "torch").pipe
-    settings = [pipe.resolve("x", seed=0, flow_shift=shift, **ASKED) for shift in (3.0, 4.0)]
-    assert one.task == "t2v"
+    settings = [
+        resolve_for(fp32, "torch", prompt="x", seed=0, flow_shift=shift, **ASKED)
+        for shift in (3.0, 4.0)
+    ]
     with pytest.raises(BenchError, match=r"flow_shift is 3\.0 in the bundle and 4\.0 in the ref"):
         quality.refuse_unequal(*settings)
 
@@ -128,6 +177,7 @@ def test_command(tmp_path, capsys):
         ("--runtime tensorrt-rtx", "runtime tensorrt-rtx"),
         ("--prompts /nowhere.txt", "cannot read prompts"),
         ("--seeds x", "seeds"),
+        ("--seeds 0,-1", "seed is -1"),
     ],
 )
 def test_bad_input(arguments, said, tmp_path, monkeypatch, capsys):
