@@ -141,8 +141,9 @@ def run_apart(what: str, work: Callable[..., Any], *given: Any) -> Any:
 
 
 def begin_apart(threads: int) -> None:
-    """In the new process, which Ctrl-C ends at once and without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """In the new process, which Ctrl-C ends at once and silently."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # inherited, in a background job
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(threads)
 
 
