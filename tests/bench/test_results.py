@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from wantrt.bench.figures import figures
 from wantrt.bench.page import page
 from wantrt.bench.result import RESULTS, load
 from wantrt.bench.tables import MARKS, fill, load_all, markdown
@@ -41,3 +42,30 @@ def test_the_page_shows_all_of_them():
     results = load_all([RESULTS])
     content = page(results)
     assert all(f'<section id="{name}">' in content for name in results)
+
+
+SHOWN = {  # figures that a page of these commands must have
+    "build": {"Time to build", "Bytes of the bundle", "Peak memory"},
+    "compare": {"Times as fast as the peer", "The same work by each engine"},
+    "latency": {"Where a video's time goes", "Step times", "Floor / measured", "Roofline"},
+    "quality": {"Quality against speed", "SSIM"},
+    "scaling": {"Step time over tokens", "Memory over tokens", "Floor / measured", "Roofline"},
+    "startup": {"From a fresh process to the first video", "Peak memory"},
+    "text": {"A prompt", "Floor / measured", "Roofline"},
+    "throughput": {"Videos an hour", "Latency and waiting"},
+    "vae": {"A chunk", "Floor / measured", "Roofline"},
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RESULTS).as_posix())
+def test_figures_are_drawn_of_what_commands_write(path):
+    result = load(path)
+    assert {figure.title for figure in figures(result)} >= SHOWN[result.name]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RESULTS).as_posix())
+def test_nothing_is_faster_than_its_floor(path):
+    for row in load(path).rows:
+        for key, value in row.items():
+            if key.endswith("floor_fraction"):
+                assert 0 < value <= 1, (row["name"], key)
