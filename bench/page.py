@@ -77,7 +77,9 @@ def command(
 
 
 def page(results: Mapping[str, Result]) -> str:
-    """One page of all results, by their names."""
+    """One page of all results, in the order of the commands, then by their names."""
+    order = [*COMMANDS, *(result.name for result in results.values())]
+    results = dict(sorted(results.items(), key=lambda item: order.index(item[1].name)))
     dates = sorted(result.date for result in results.values())
     machines = dict.fromkeys(machine_name(result) for result in results.values())
     links = "".join(
@@ -175,6 +177,8 @@ def machine_name(result: Result) -> str:
 def table(result: Result) -> str:
     """The command's table, which scrolls by itself where it is wider than the page."""
     columns = table_of(result)
+    lines(result, columns)  # refuses rows of another version
+    columns = columns.used(result.rows)
     titles = "".join(f"<th>{escape(title)}</th>" for title, _ in columns.columns)
     rows = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>\n"

@@ -82,6 +82,13 @@ def test_links_lead_to_sections():
     assert places == links == set(samples())
 
 
+def test_commands_have_their_order():
+    shown = {"14b/build": sample("build", []), "b/latency": sample("latency", [])}
+    shown |= {"a/latency": sample("latency", [{"name": "x", "e2e_s": 1.0}])}
+    places = re.findall(r'<section id="([^"]*)"', page(shown))
+    assert places == ["b/latency", "a/latency", "14b/build"]  # names are sorted where they are read
+
+
 @pytest.mark.parametrize("name", samples())
 def test_figures_beside_card_and_table(name):
     result = samples()[name]
