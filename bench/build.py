@@ -358,7 +358,7 @@ def stored_bytes(plan: Build) -> int:
 @click.option(
     "--jobs",
     metavar="N,…",
-    callback=list_of(int),
+    callback=list_of(click.IntRange(1)),
     help="Plans compiled at once: with each of these. [default: one a core]",
 )
 @click.option(
@@ -388,8 +388,6 @@ def command(
     """Compiling bundles: time, memory, bytes; again; after one weight has changed."""
     if all_sizes and given["sizes"]:
         raise BenchError("--all-sizes and --size are one too many; take one of them")
-    if jobs and min(jobs) < 1:
-        raise BenchError(f"--jobs {min(jobs)}: use 1 or more")
     cases = make_cases(
         ALL if list(variants) == ["all"] else variants,
         ways or (),

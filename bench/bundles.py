@@ -79,7 +79,7 @@ def choose_bundle(
         if extra := [name for name, value in given.items() if value is not None]:
             raise SettingsError(f"--bundle is built already; leave out {' and '.join(extra)}")
     for runtime in runtimes if precision else ():
-        if runtime in RUNTIMES:
+        if runtime in RUNTIMES:  # its refusal names what it takes; that of choose_runtime, a build
             choose_precision(runtime, precision)
     chosen = [choose_runtime(runtime, (precision,) if precision else ()) for runtime in runtimes]
     first, asked = chosen[0], str(bundle or variant or "nano")

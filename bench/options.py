@@ -6,14 +6,26 @@ from typing import Any
 
 import click
 
+from wantrt.bench.result import check_folder
 from wantrt.cli.build import list_of
 from wantrt.cli.command import size_option
+from wantrt.errors import BenchError
 from wantrt.jobs import parse_size
 from wantrt.linked import refuse_other_names
 
 refuse_other_names(__spec__)
 
 Decorator = Callable[[Any], Any]
+
+
+def _writable(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    """Before anything is built or measured."""
+    try:
+        check_folder(value)
+    except BenchError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+    return value
+
 
 BUNDLE: tuple[Decorator, ...] = (
     click.option(
@@ -80,6 +92,7 @@ RESULT: tuple[Decorator, ...] = (
         type=click.Path(path_type=Path, file_okay=False),
         default="bench-results",
         show_default=True,
+        callback=_writable,
         help="Folder of the result.",
     ),
     click.option("--note", metavar="TEXT", help="Goes into the result."),

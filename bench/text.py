@@ -11,7 +11,7 @@ is that of a length, with what its runtime loaded and without what an earlier on
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,18 +76,23 @@ def measure(
     bundle: Bundle,
     runtimes: Sequence[str],
     lengths: Sequence[int],
-    rates: Rates,
+    rates: Mapping[str, Rates],
     *,
     warmup: int,
     runs: int,
     name: str | None = None,
 ) -> Iterator[Row]:
     """A row for each runtime and length of a prompt, in tokens; after an interruption, of the runs
-    that are done. name: of the variant, if a bundle of some of its layers does not know it."""
+    that are done.
+
+    rates: of a runtime. name: of the variant, if a bundle of some of its layers does not know it.
+    """
     name = name or bundle.variant.name
     for runtime in (loading.RUNTIMES[asked] for asked in runtimes):
         gc.collect()  # the sessions of the one before, as their memory is none of this one's
-        yield from measure_runtime(bundle, runtime, lengths, rates, warmup, runs, name)
+        yield from measure_runtime(
+            bundle, runtime, lengths, rates[runtime.name], warmup, runs, name
+        )
 
 
 def measure_runtime(
@@ -202,7 +207,6 @@ def command(
     with console.progress() as progress:
         bundle = choice.open(progress)
     chosen = [loading.choose_for(bundle, name).name for name in runtimes]
-    device = loading.RUNTIMES[chosen[0]].make_device().torch_device
     settings: dict[str, Any] = {
         **describe_bundle(bundle),
         "variant": row.name,
@@ -214,7 +218,11 @@ def command(
         "runs": runs,
     }
     result = start("text", settings, note)
-    rates = measure_rates(device, PRECISIONS[bundle.precision[PART]])
-    result.machine["rates"] = asdict(rates)
+    dtype = PRECISIONS[bundle.precision[PART]]
+    rates = {
+        name: measure_rates(loading.RUNTIMES[name].make_device().torch_device, dtype)
+        for name in chosen
+    }
+    result.machine["rates"] = asdict(rates[chosen[0]])
     rows = measure(bundle, chosen, lengths, rates, warmup=warmup, runs=runs, name=row.name)
     return run(console, result, rows, TABLE, out)

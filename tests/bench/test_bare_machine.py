@@ -17,6 +17,12 @@ SUITE = re.findall(r"^SUITE_(\d+) := ", MAKEFILE, re.MULTILINE)  # of commands o
 PIECES = dict(re.findall(r"^BENCH_(\d+) := (\S+)$", MAKEFILE, re.MULTILINE))
 
 
+def told(number: str) -> str:
+    """The command of a piece."""
+    asked = ["make", "--no-print-directory", "-n", f"gpu-{number}"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def test_tests_come_before_measurements():
     numbers = re.search(r"^GPU_PIECES := (.*)$", MAKEFILE, re.MULTILINE)[1].split()
     tests = re.findall(r"^GPU_(\d+) := ", MAKEFILE, re.MULTILINE)
@@ -40,26 +46,12 @@ for name in {list(PIECES.values())}:
 
 @pytest.mark.parametrize("number, name", PIECES.items())
 def test_make_runs_it(number, name):
-    told = subprocess.run(
-        ["make", "--no-print-directory", "-n", f"gpu-{number}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert told.stdout.split()[-3:] == ["python3", "-m", f"wantrt.bench.{name}"]
+    assert told(number).split()[-3:] == ["python3", "-m", f"wantrt.bench.{name}"]
 
 
 @pytest.mark.parametrize("number", SUITE)
 def test_make_says_what_wantrt_bench_takes(number):
-    told = subprocess.run(
-        ["make", "--no-print-directory", "-n", f"gpu-{number}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    _, _, arguments = told.stdout.partition("-m wantrt.cli bench ")
+    _, _, arguments = told(number).partition("-m wantrt.cli bench ")
     name, *options = arguments.split()
     command = bench.get_command(click.Context(bench), name)
     assert command.make_context(name, options).params["out"].parts[0] == "bench-results"

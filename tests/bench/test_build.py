@@ -155,7 +155,7 @@ def test_each_number_of_jobs_is_a_case():
     "arguments, said",
     [
         (["--variant", "3B"], "unknown variant"),
-        (["--jobs", "0"], "--jobs 0: use 1 or more"),
+        (["--jobs", "0"], "0 is not in the range x>=1"),
         (["--variant", "nano,1.3B", "--checkpoint", "random:0", "--runtime", "tpu"], "tpu"),
         (["--size", "64x64", "--runtime", "onnxruntime"], "for TensorRT plans alone"),
         (["--size", "64x64", "--all-sizes"], "take one of them"),

@@ -17,6 +17,7 @@ from wantrt.bundle import Bundle
 from wantrt.runtime.text import TextEncoder
 
 RATES = Rates(matrix=1e10, attention=1e10, copy=1e10)
+BOTH = {"onnxruntime": RATES, "torch": RATES}
 
 
 def test_rows(monkeypatch):
@@ -30,7 +31,7 @@ def test_rows(monkeypatch):
     monkeypatch.setattr(TextEncoder, "_run", counted)
     rows_of_text = bundle.variant.experts[0].dit.text_len
     lengths = (3, rows_of_text)
-    rows = list(measure(bundle, ["onnxruntime", "torch"], lengths, RATES, warmup=1, runs=2))
+    rows = list(measure(bundle, ["onnxruntime", "torch"], lengths, BOTH, warmup=1, runs=2))
     assert [(row["runtime"], row["tokens"]) for row in rows] == [
         (runtime, tokens) for runtime in ("onnxruntime", "torch") for tokens in lengths
     ]
@@ -56,7 +57,7 @@ def test_a_runtime_does_not_keep_the_one_before(monkeypatch):
 
     load_part = text.load_part
     monkeypatch.setattr(text, "load_part", remember)
-    list(measure(bundle, ["torch", "torch"], [3], RATES, warmup=1, runs=1))
+    list(measure(bundle, ["torch", "torch"], [3], BOTH, warmup=1, runs=1))
     assert len(loaded) > 0
     assert not any(alive[1])
 
@@ -64,7 +65,7 @@ def test_a_runtime_does_not_keep_the_one_before(monkeypatch):
 def test_each_length_has_its_own_peak(monkeypatch):
     reset = []
     monkeypatch.setattr(text.Peaks, "reset", lambda self: reset.append(self))
-    list(measure(Bundle.load(small_bundle()), ["torch"], [3, 4], RATES, warmup=1, runs=1))
+    list(measure(Bundle.load(small_bundle()), ["torch"], [3, 4], BOTH, warmup=1, runs=1))
     assert len(reset) == 2
 
 
@@ -80,7 +81,7 @@ def test_what_was_measured_before_an_interruption_is_kept(monkeypatch):
     rows = []
     with pytest.raises(KeyboardInterrupt):
         bundle = Bundle.load(small_bundle())
-        for row in measure(bundle, ["torch"], [3, 4, 5], RATES, warmup=1, runs=2):
+        for row in measure(bundle, ["torch"], [3, 4, 5], BOTH, warmup=1, runs=2):
             rows.append(row)
     assert [(row["tokens"], row["text_s"]["runs"]) for row in rows] == [(3, 2), (4, 1)]
 
